@@ -1,0 +1,1 @@
+"""Records, files, settings, stages: what every room stands on."""

@@ -113,7 +113,7 @@ class JsonlAppender:
                 whole += len(line)
             with open(self.path, "r+b") as stream:
                 stream.truncate(whole)
-        self._stream = open(self.path, "a", encoding="utf-8")
+        self._stream = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
 
     def add(self, rows: Iterable[Any]) -> None:
         """Append rows and flush them to disk."""

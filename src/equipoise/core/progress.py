@@ -29,7 +29,14 @@ def bar(title: str, total: float | None) -> Iterator[Bar]:
     if not console.is_terminal:
         yield Bar(None, 0)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         yield Bar(progress, int(progress.add_task(title, total=total)))
 

@@ -91,15 +91,13 @@ def run_stage(
     start = time.monotonic()
     results = dict(work(folder) or {})
     seconds = time.monotonic() - start
-    write_json(
-        folder / DONE, {"schema_version": SCHEMA_VERSION, "key": key, "seconds": round(seconds, 3), "results": results}
-    )
+    write_json(folder / DONE, {"schema_version": SCHEMA_VERSION, "key": key, "seconds": round(seconds, 3), "results": results})
     return Run(folder, results, seconds=seconds)
 
 
 def environment() -> dict[str, Any]:
     """Machine and versions, without user names, paths or secrets."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in ("equipoise", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "safetensors"):
         try:
             versions[name] = metadata.version(name)

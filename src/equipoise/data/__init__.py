@@ -1,0 +1,1 @@
+"""Preference data in: sources, transcripts, token rows, splits, plan. No torch."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,7 +133,7 @@ class TokenRows(Sequence[TokenRow]):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "rows.json").unlink(missing_ok=True)
-        arrays = {"tokens": self._tokens, "starts": self._starts, "segments": self._segments, "roles": self._roles}
+        arrays: dict[str, NDArray[Any]] = {"tokens": self._tokens, "starts": self._starts, "segments": self._segments, "roles": self._roles}
         arrays |= {f"mark-{name}": value for name, value in self._marks.items()}
         arrays |= {f"fact-{name}": value for name, value in self._facts.items()}
         for name, value in arrays.items():
@@ -149,18 +150,18 @@ class TokenRows(Sequence[TokenRow]):
             raise DataError(f"{folder} holds no finished token rows (no rows.json). Run `equipoise data prepare` again.")
         header = read_json(folder / "rows.json")
 
-        def array(name: str) -> NDArray[np.generic]:
-            loaded: NDArray[np.generic] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        def array(name: str) -> NDArray[Any]:
+            loaded: NDArray[Any] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
             return loaded
 
         return cls(
-            tokens=array("tokens"),  # type: ignore[arg-type]
-            starts=array("starts"),  # type: ignore[arg-type]
-            segments=array("segments"),  # type: ignore[arg-type]
-            roles=array("roles"),  # type: ignore[arg-type]
+            tokens=array("tokens"),
+            starts=array("starts"),
+            segments=array("segments"),
+            roles=array("roles"),
             role_names=header["roles"],
-            marks={name: array(f"mark-{name}") for name in header["marks"]},  # type: ignore[misc]
-            facts={name: array(f"fact-{name}") for name in header["facts"]},  # type: ignore[misc]
+            marks={name: array(f"mark-{name}") for name in header["marks"]},
+            facts={name: array(f"fact-{name}") for name in header["facts"]},
             ids=header["ids"],
         )
 
@@ -206,8 +207,9 @@ class TokenRows(Sequence[TokenRow]):
 
     def fingerprint(self) -> str:
         """16 hex digits of the content: ids, tokens, cuts, roles, marks and facts."""
-        digests = {"ids": self._ids, "roles": self._role_names}
-        arrays = {"tokens": self._tokens, "starts": self._starts, "segments": self._segments, "role": self._roles}
+        digest = hashlib.sha256(fingerprint({"ids": self._ids, "roles": self._role_names}).encode())
+        arrays: dict[str, NDArray[Any]] = {"tokens": self._tokens, "starts": self._starts, "segments": self._segments, "role": self._roles}
         for name, value in (arrays | self._marks | {f"fact {name}": value for name, value in self._facts.items()}).items():
-            digests[f"array {name}"] = fingerprint(np.ascontiguousarray(value).tobytes().hex())  # type: ignore[assignment]
-        return fingerprint(digests)
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(value).tobytes())
+        return digest.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Verdicts in, estimates and paired comparisons out."""

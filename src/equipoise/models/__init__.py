@@ -1,0 +1,1 @@
+"""Loading, packed batches, attention, token log-probs, weights."""

@@ -1,0 +1,1 @@
+"""Scorers: completions in, verdicts out."""

@@ -1,0 +1,1 @@
+"""Many arms, one budget, one report."""

@@ -1,0 +1,1 @@
+"""One data set or format per file; the folder is the registry."""

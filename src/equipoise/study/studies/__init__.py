@@ -1,0 +1,1 @@
+"""Bundled studies, run by name."""

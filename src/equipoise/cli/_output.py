@@ -1,0 +1,36 @@
+"""How verbs speak: tables for people on stdout, or exactly one JSON object with `schema_version`; logs on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="override a setting: key.path=value (repeatable)")]
+Config = Annotated[str | None, typer.Option("--config", help="a YAML file of settings")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="start afresh where the output folder holds other work")]
+
+
+def emit_json(value: Mapping[str, Any]) -> None:
+    """One JSON object on stdout, `schema_version` first."""
+    print(json.dumps({"schema_version": 1, **value}, indent=2, ensure_ascii=False, allow_nan=False, default=str))
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table on stdout."""
+    grid = Table(title=title, title_justify="left")
+    for column in columns:
+        grid.add_column(column)
+    for row in rows:
+        grid.add_row(*("" if cell is None else str(cell) for cell in row))
+    Console().print(grid)
+
+
+def line(text: str) -> None:
+    """One line on stdout, printed as it is."""
+    print(text)
