@@ -1,0 +1,67 @@
+"""Settings of a training run. Hugging Face's names where it has a name for the thing."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from equipoise.core.settings import Settings
+from equipoise.data.settings import DataSettings, TokeniseSettings
+
+
+class StreamSettings(Settings):
+    """One stream of rows and the objective that reads it. Each step takes its share from every stream."""
+
+    name: str = Field(default="main", description="shown in logs")
+    data: DataSettings | None = Field(default=None, description="where the rows come from; None: given in memory")
+    objective: dict[str, Any] = Field(default={"name": "dpo"}, description="name of the method and its hyper-parameters")
+    weight: float = Field(default=1.0, ge=0.0, description="weight of this stream's mean loss in the step's loss")
+
+
+class TrainSettings(Settings):
+    """One training stage: a start model, streams of data with objectives, and the recipe."""
+
+    model_name_or_path: str = Field(description="asset name, local folder (also a PEFT adapter's), or hub name")
+    output_dir: str = Field(default="runs/train", description="stage folder")
+    streams: tuple[StreamSettings, ...] = Field(default=(StreamSettings(),), min_length=1, description="data and objectives")
+    tokenise: TokeniseSettings = Field(default=TokeniseSettings(), description="how records become tokens")
+    reference_model: str | None = Field(default=None, description="reference of the preference losses; None: the start weights")
+    reference_store: str | None = Field(default=None, description="folder of the reference store; None: the user's cache folder")
+
+    learning_rate: float = Field(default=1e-6, gt=0, description="peak learning rate")
+    lr_scheduler_type: str = Field(default="linear", description="a transformers schedule")
+    warmup_ratio: float = Field(default=0.1, ge=0, lt=1, description="share of the steps spent warming up")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay")
+    max_grad_norm: float = Field(default=1.0, ge=0, description="clip the gradient's norm; 0: never")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's first moment decay")
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's second moment decay")
+    optim: str = Field(default="adamw_torch", description="a transformers optimizer name")
+    num_train_epochs: float = Field(default=1.0, gt=0, description="passes over the first stream")
+    max_steps: int = Field(default=-1, ge=-1, description="optimizer steps; -1: as many as the epochs take")
+    per_device_train_batch_size: int = Field(default=8, ge=1, description="units (pairs, rows) per device and accumulation step")
+    gradient_accumulation_steps: int = Field(default=1, ge=1, description="multiplies the batch, as in transformers; never cuts memory")
+    token_budget: int = Field(default=2048, ge=1, description="tokens of a micro-batch; cuts the batch, never changes the recipe")
+    shuffle: bool = Field(default=True, description="a fresh order each epoch; off: the data's order")
+
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="dtype of the weights")
+    bf16: bool = Field(default=False, description="bfloat16 autocast over float32 weights")
+    use_peft: bool = Field(default=False, description="train LoRA instead of all weights")
+    lora_r: int = Field(default=16, ge=1, description="LoRA rank")
+    lora_alpha: int = Field(default=32, ge=1, description="LoRA scale numerator")
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="LoRA dropout")
+    lora_target_modules: tuple[str, ...] | Literal["all-linear"] = Field(default="all-linear", description="modules that get LoRA")
+    trainable: str | None = Field(default=None, description="regular expression: train only weights whose name matches")
+    gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
+    attention: Literal["auto", "packed", "separate", "padded"] = Field(
+        default="auto", description="auto: shared prompts where the start check agrees, else falls back; the others force one way"
+    )
+    dropout: bool = Field(default=False, description="keep the model's own dropout on (LoRA's is always its own)")
+
+    eval_steps: int = Field(default=0, ge=0, description="steps between dev evaluations; 0: at the end of each epoch")
+    logging_steps: int = Field(default=1, ge=1, description="steps between log lines")
+    save_steps: int = Field(default=0, ge=0, description="steps between checkpoints; 0: at the end of each epoch")
+    save_total_limit: int = Field(default=2, ge=2, description="checkpoints kept")
+    load_best_model_at_end: bool = Field(default=False, description="keep the checkpoint with the lowest dev loss (dev only, never test)")
+    report_to: str = Field(default="none", description="none, tensorboard, wandb, trackio")
+    seed: int = Field(default=0, description="data order, LoRA initialisation, dropout")
