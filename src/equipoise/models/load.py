@@ -333,9 +333,9 @@ def weights_fingerprint(model: torch.nn.Module, skip_adapters: bool = True) -> s
     """
     digest = hashlib.sha256()
     tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-    for name, tensor in sorted((_plain_name(name) if skip_adapters else name, tensor) for name, tensor in tensors.items()):
-        if not name:
-            continue
+    if skip_adapters:
+        tensors = {_plain_name(name): tensor for name, tensor in tensors.items() if _plain_name(name)}
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         flat = tensor.detach().to("cpu").contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
