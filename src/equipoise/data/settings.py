@@ -32,7 +32,7 @@ class DataSettings(Settings):
         default="better", description="PKU-SafeRLHF: whether the more helpful or the safer reply is the chosen one"
     )
     exclude_prompts: tuple[str, ...] = Field(
-        default=(), description="sources whose prompts must not occur here, exactly or nearly: data files, prompt files, 'starter', trained_on.npz"
+        default=(), description="sources whose prompts must not occur here, exactly or nearly: data or prompt files, 'starter', .npz prints"
     )
     exclude_near: float = Field(default=0.8, ge=0.5, le=1.0, description="similarity from which an excluded prompt counts as the same")
     system_prompt: str | None = Field(default=None, description="put before every prompt that has no system turn of its own")
@@ -69,6 +69,6 @@ class PrepareSettings(Settings):
     data: DataSettings = Field(default=DataSettings(), description="where the rows come from")
     tokenise: TokeniseSettings = Field(default=TokeniseSettings(), description="how records become tokens")
     model_name_or_path: str = Field(default="smollm2-135m-instruct", description="whose tokenizer: asset name, local folder, or hub name")
-    roles: tuple[str, ...] = Field(default=("chosen", "rejected"), min_length=1, description="reply roles of every row, as the method needs")
-    facts: tuple[str, ...] = Field(default=(), description="facts every reply must have, such as safe; rows without are dropped and counted")
+    roles: tuple[str, ...] = Field(default=("chosen", "rejected"), min_length=1, description="reply roles of each row, as the method needs")
+    facts: tuple[str, ...] = Field(default=(), description="facts every reply must have, such as safe; other rows are dropped, counted")
     output_dir: str = Field(default="runs/prepare", description="stage folder")

@@ -1,0 +1,128 @@
+"""`load`: a source in, records and their accounting out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from typing import Any
+
+from equipoise.core.errors import DataError
+from equipoise.core.files import file_fingerprint, fingerprint
+from equipoise.core.prints import PromptPrints
+from equipoise.core.records import Message, Record
+from equipoise.data import mixture
+from equipoise.data._read import Row, is_local, local_path, read, read_file, stem_of
+from equipoise.data.accounting import Accounting
+from equipoise.data.prompts import other_prompts
+from equipoise.data.settings import DataSettings
+from equipoise.data.sources import starter
+from equipoise.data.sources._base import source
+
+STARTER = "starter"
+PEEKED = 20
+"""Rows looked at to tell the format."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Records of a source, what happened to every row, and a fingerprint of the records' content."""
+
+    records: list[Record]
+    accounting: Accounting
+    fingerprint: str
+
+
+def load(settings: DataSettings, dataset: Any = None) -> Loaded:
+    """Records of a source: read, checked, split, kept apart from excluded prompts, cut to `max_rows`; all counted.
+
+    Args:
+        settings: which source, and what of it counts.
+        dataset: an in-memory `datasets.Dataset` or list of dicts; then `dataset_name` is not looked at.
+
+    Raises:
+        DataError: nothing to read, unreadable, or no row left (with the reasons).
+        UsageError: a setting names something that is not there.
+    """
+    accounting = Accounting()
+    rows = _rows(settings, dataset)
+    first = list(islice(rows, PEEKED))
+    if not first:
+        raise DataError(f"{_name(settings, dataset)} holds no rows.")
+    module = source(STARTER if _is_starter(settings, dataset) else settings.format, first)
+    records = mixture.unique_ids(module.records(chain(first, rows), settings, accounting), accounting)
+    records = mixture.keep_part(records, settings.part, settings.split_fractions, settings.split_seed, accounting)
+    others = {name: other_prompts(name) for name in settings.exclude_prompts}
+    records = mixture.exclude(records, others, settings.exclude_near, accounting)
+    for record in records[settings.max_rows :] if settings.max_rows is not None else ():
+        accounting.drop("beyond max_rows", record.id)
+    records = [_with_system(record, settings.system_prompt) for record in records[: settings.max_rows]]
+    accounting.kept = len(records)
+    accounting.check()
+    if not records:
+        raise DataError(f"{_name(settings, dataset)}: no row is left; {accounting.in_words()}.")
+    return Loaded(records, accounting, records_fingerprint(records))
+
+
+def mix(parts: Mapping[str, Loaded]) -> Loaded:
+    """Several loaded sources as one, in order; ids get their source's name in front."""
+    accounting = Accounting()
+    records = []
+    for name, loaded in parts.items():
+        accounting.add(loaded.accounting)
+        records += [replace(record, id=f"{name}/{record.id}") for record in loaded.records]
+    return Loaded(records, accounting.check(), records_fingerprint(records))
+
+
+def source_fingerprint(settings: DataSettings, dataset: Any = None) -> dict[str, str]:
+    """Name → fingerprint of everything `load` would read, without reading records: the inputs of a stage.
+
+    A local path counts by its bytes, a hub or in-memory data set by the content of its rows.
+    """
+    inputs = {}
+    if _is_starter(settings, dataset):
+        inputs = {path.name: file_fingerprint(path) for path in starter.files(settings)}
+    elif dataset is None and is_local(settings.dataset_name):
+        inputs["data"] = file_fingerprint(local_path(settings.dataset_name))
+    else:
+        digest = hashlib.sha256()
+        for row in read(settings, dataset):
+            digest.update(fingerprint(dict(row.values)).encode())
+        inputs["data"] = digest.hexdigest()[:16]
+    for name in settings.exclude_prompts:
+        inputs[f"excluded {name}"] = _prints_fingerprint(other_prompts(name))
+    return inputs
+
+
+def records_fingerprint(records: list[Record]) -> str:
+    """16 hex digits of the content of records: ids, prompts, replies with their roles, scores, flags and labels."""
+    digest = hashlib.sha256()
+    for record in records:
+        replies = [[reply.role, reply.text, dict(reply.scores), reply.safe, reply.label] for reply in record.replies]
+        digest.update(fingerprint([record.id, [[turn.role, turn.content] for turn in record.prompt], replies]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _rows(settings: DataSettings, dataset: Any) -> Iterator[Row]:
+    if _is_starter(settings, dataset):
+        return (row for path in starter.files(settings) for row in read_file(path, stem_of(path)))
+    return read(settings, dataset)
+
+
+def _is_starter(settings: DataSettings, dataset: Any) -> bool:
+    return dataset is None and settings.dataset_name == STARTER
+
+
+def _name(settings: DataSettings, dataset: Any) -> str:
+    return settings.dataset_name if dataset is None else "The data set in memory"
+
+
+def _with_system(record: Record, system_prompt: str | None) -> Record:
+    if system_prompt is None or any(turn.role == "system" for turn in record.prompt):
+        return record
+    return replace(record, prompt=(Message("system", system_prompt), *record.prompt))
+
+
+def _prints_fingerprint(prints: PromptPrints) -> str:
+    return hashlib.sha256(prints.exact.tobytes() + prints.gram_values.tobytes() + prints.word_values.tobytes()).hexdigest()[:16]

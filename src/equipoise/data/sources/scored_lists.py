@@ -1,0 +1,50 @@
+"""Scored lists: a `prompt`, its `completions`, and `scores`, one number per completion (null where one is missing).
+
+`completions` hold texts, or mappings with `text` and optionally `score`, `safe` and `source`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from equipoise.core.records import Record, Reply
+from equipoise.data._read import Row, kind_of
+from equipoise.data.accounting import Accounting
+from equipoise.data.settings import DataSettings
+from equipoise.data.sources import _base
+from equipoise.data.sources.preference import prompt_of
+
+COLUMNS = (frozenset({"prompt", "completions"}),)
+
+
+def matches(columns: set[str], sample: Mapping[str, Any]) -> bool:
+    """A prompt and a list of completions."""
+    return COLUMNS[0] <= columns and isinstance(sample.get("completions"), (list, tuple))
+
+
+def records(rows: Iterable[Row], settings: DataSettings, accounting: Accounting) -> Iterator[Record]:
+    """One record with a sample per completion."""
+    return _base.build(rows, settings, accounting, _record)
+
+
+def _record(row: Row, settings: DataSettings) -> Record:
+    completions, scores = row.values.get("completions"), row.values.get("scores")
+    if not isinstance(completions, (list, tuple)) or not completions:
+        raise _base.Excluded("no 'completions'" if not completions else f"'completions' is {kind_of(completions)}, not a list")
+    if scores is not None and (not isinstance(scores, (list, tuple)) or len(scores) != len(completions)):
+        raise _base.Excluded("'scores' are not one per completion")
+    replies = []
+    for index, completion in enumerate(completions):
+        entry = completion if isinstance(completion, Mapping) else {"text": completion}
+        score = _base.number(entry if scores is None else {"score": scores[index]}, "score")
+        replies.append(
+            Reply(
+                _base.text(entry, "text"),
+                "sample",
+                source=_base.optional_text(entry, "source"),
+                scores={} if score is None else {"score": score},
+                safe=_base.flag(entry, "safe"),
+            )
+        )
+    return Record(_base.row_id(row), prompt_of(row.values), tuple(replies))

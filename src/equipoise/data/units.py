@@ -1,0 +1,131 @@
+"""Records as units of training: each with exactly the replies a method asks for by role.
+
+| asked for | taken |
+|---|---|
+| `chosen`, `rejected` | those replies; of a scored list its best and its worst |
+| `gold` | the gold reply, else the chosen one, else a sample labelled good, else the best-scored sample |
+| `sample`, `mismatched` | KTO: a labelled sample, or a pair as two labelled samples; beside each, the reply to another prompt |
+| `sample` | every reply of the record, as a list |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from equipoise.core.errors import DataError, UsageError, nearest
+from equipoise.core.records import REPLY_ROLES, Record, Reply
+from equipoise.data.accounting import Accounting
+from equipoise.data.mixture import cluster
+
+KTO = ("sample", "mismatched")
+
+
+def units(records: Sequence[Record], roles: tuple[str, ...], facts: tuple[str, ...], accounting: Accounting) -> list[Record]:
+    """Units of all records that have what is asked for; the others are counted.
+
+    For KTO a pair becomes two units, `<id>/chosen` and `<id>/rejected`, and counts as two rows.
+    facts: names every reply must have (`safe`, `label`, a score); a mismatched reply is exempt.
+    Raises UsageError for unknown roles, DataError where no record has them.
+    """
+    for role in roles:
+        if role not in REPLY_ROLES:
+            raise UsageError(f"There is no reply role {role!r}.{nearest(role, REPLY_ROLES)}")
+    before = accounting.dropped_total
+    made: list[Record] = []
+    for record in records:
+        found = _labelled(record) if set(roles) == set(KTO) else _picked(record, roles)
+        if not found:
+            accounting.drop(f"no {' and '.join(repr(role) for role in roles if role != 'mismatched')} reply", record.id)
+        for unit in found:
+            missing = next((name for name in facts for reply in unit.replies if name not in facts_of(reply)), None)
+            if missing is None:
+                made.append(unit)
+            else:
+                accounting.drop(f"a reply without the fact {missing!r}", unit.id)
+    accounting.rows_in += len(made) + accounting.dropped_total - before
+    if not made:
+        raise DataError(f"No record has the replies {', '.join(roles)}: {accounting.in_words()}.")
+    return _with_mismatched(made) if "mismatched" in roles else made
+
+
+def facts_of(reply: Reply) -> dict[str, float]:
+    """What a branch carries: its scores, `safe` and `label` as 1 or 0. What is missing is left out."""
+    facts = {name: float(value) for name, value in reply.scores.items() if not math.isnan(value)}
+    if reply.safe is not None:
+        facts["safe"] = float(reply.safe)
+    if reply.label is not None:
+        facts["label"] = float(reply.label)
+    return facts
+
+
+def _picked(record: Record, roles: tuple[str, ...]) -> list[Record]:
+    """The record with exactly the replies asked for, in that order; nothing where one is missing."""
+    if roles == ("sample",):
+        return [replace(record, replies=tuple(replace(reply, role="sample") for reply in record.replies))]
+    replies = []
+    for role in roles:
+        reply = _pick(record, role)
+        if reply is None:
+            return []
+        replies.append(replace(reply, role=role))  # type: ignore[arg-type]
+    return [replace(record, replies=tuple(replies))]
+
+
+def _pick(record: Record, role: str) -> Reply | None:
+    own = record.reply(role)
+    if own is not None:
+        return own
+    samples = [reply for reply in record.replies if reply.role == "sample"]
+    scored = [reply for reply in samples if reply.scores]
+    if role in ("chosen", "rejected") and len(scored) > 1:
+        name = next(iter(scored[0].scores))
+        ranked = sorted((reply for reply in scored if name in reply.scores), key=lambda reply: reply.scores[name])
+        if len(ranked) < 2 or ranked[0].scores[name] == ranked[-1].scores[name] or ranked[0].text == ranked[-1].text:
+            return None
+        return ranked[-1] if role == "chosen" else ranked[0]
+    if role == "gold":
+        good = next((reply for reply in samples if reply.label), None)
+        return record.reply("chosen") or good or (_pick(record, "chosen") if scored else None)
+    return None
+
+
+def _labelled(record: Record) -> list[Record]:
+    """Labelled units: the record's labelled samples, or its pair as a good and a bad one."""
+    samples = [reply for reply in record.replies if reply.role == "sample" and reply.label is not None]
+    if len(samples) == 1:
+        return [replace(record, replies=(samples[0],))]
+    if samples:
+        return [replace(record, id=f"{record.id}/{index}", replies=(sample,)) for index, sample in enumerate(samples)]
+    made = []
+    for role, label in (("chosen", True), ("rejected", False)):
+        reply = _pick(record, role)
+        if reply is None:
+            return []
+        made.append(replace(record, id=f"{record.id}/{role}", replies=(replace(reply, role="sample", label=label),)))
+    return made
+
+
+def _with_mismatched(made: list[Record]) -> list[Record]:
+    """Each unit with the reply of another one, whose prompt is of another cluster: a rotation, the same every time.
+
+    Good and bad replies rotate among themselves, so that over the data set every reply serves about once.
+    """
+    clusters = [cluster(unit.first_turn) for unit in made]
+    if len(set(clusters)) < 2:
+        raise DataError("KTO needs replies to other prompts, and all rows share one prompt.")
+    partner = [0] * len(made)
+    for label in (True, False, None):
+        order = [index for index, unit in enumerate(made) if unit.replies[0].label is label]
+        if len({clusters[index] for index in order}) < 2:
+            # All of this label answer one prompt: they borrow from everybody.
+            order += [index for index in range(len(made)) if index not in set(order)]
+        for place, index in enumerate(order):
+            if made[index].replies[0].label is label:
+                ahead = (order[(place + step) % len(order)] for step in range(1, len(order) + 1))
+                partner[index] = next((other for other in ahead if clusters[other] != clusters[index]), index)
+    return [
+        replace(unit, replies=(unit.replies[0], replace(made[other].replies[0], role="mismatched")))
+        for unit, other in zip(made, partner, strict=True)
+    ]
