@@ -14,7 +14,9 @@ class StreamSettings(Settings):
     """One stream of rows and the objective that reads it. Each step takes its share from every stream."""
 
     name: str = Field(default="main", description="shown in logs")
-    data: DataSettings | None = Field(default=None, description="where the rows come from; None: given in memory")
+    data: DataSettings | tuple[DataSettings, ...] | None = Field(
+        default=None, description="where the rows come from, one source or several mixed; None: given in memory"
+    )
     objective: dict[str, Any] = Field(default={"name": "dpo"}, description="name of the method and its hyper-parameters")
     weight: float = Field(default=1.0, ge=0.0, description="weight of this stream's mean loss in the step's loss")
 

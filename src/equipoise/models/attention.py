@@ -1,0 +1,160 @@
+"""Attention over packed rows, through transformers' own registries: one attention function, one mask function.
+
+The mask function hands every layer a `RowMask` (how the sequence is cut, and this layer's window) instead of a dense
+mask; the attention function runs SDPA row by row: the prompt with its first reply causally, every further reply
+against the prompt's keys and its own. Rules are applied on *positions*, so windows reach back into the shared prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from equipoise.core.errors import NumericsError
+from equipoise.models.batch import Span
+
+Tensor = torch.Tensor
+NAME = "equipoise_packed"
+
+# What an attention layer may pass that changes the result in a way plain SDPA cannot express.
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask", "alibi")
+_current: ContextVar[tuple[Span, ...] | None] = ContextVar("equipoise_rows", default=None)
+
+
+@dataclass
+class RowMask:
+    """What a layer needs to know instead of a dense mask. window: positions a token sees back, itself included; None: all."""
+
+    rows: tuple[Span, ...]
+    window: int | None
+    _biases: dict[Any, Tensor | None] = field(default_factory=dict)
+
+    def bias(self, prompt: int, reply: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Additive mask [reply, prompt + reply] for a reply that attends to its prompt and itself. Kept for all layers."""
+        key = (prompt, reply, dtype, device)
+        if key not in self._biases:
+            allowed = self._allowed(torch.arange(prompt, prompt + reply, device=device), torch.arange(prompt + reply, device=device))
+            self._biases[key] = torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, -torch.inf)
+        bias = self._biases[key]
+        assert bias is not None
+        return bias
+
+    def causal(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """Additive mask for a run of `length` positions from 0, or None where plain causal attention says the same."""
+        if self.window is None or length <= self.window:
+            return None
+        return self.bias(0, length, dtype, device)
+
+    def _allowed(self, query: Tensor, key: Tensor) -> Tensor:
+        distance = query[:, None] - key[None, :]
+        allowed = distance >= 0
+        return allowed if self.window is None else allowed & (distance < self.window)
+
+
+@contextmanager
+def packed_rows(rows: tuple[Span, ...]) -> Iterator[None]:
+    """Within this block, masks made by a model whose attention is ours follow these rows."""
+    token = _current.set(rows)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def row_mask(*_: Any, local_size: int | None = None, q_length: int | None = None, **kwargs: Any) -> RowMask:
+    """The mask function registered with transformers. Raises NumericsError outside `packed_rows` or for a wrong length."""
+    rows = _current.get()
+    if rows is None:
+        raise NumericsError("This model is set to packed attention and was called without packed rows; use `equipoise.models.logps`.")
+    if q_length is not None and q_length != sum(row.length for row in rows):
+        raise NumericsError(f"The model runs on {q_length} positions, the packed rows have {sum(row.length for row in rows)}.")
+    if kwargs.get("chunk_size"):
+        raise NumericsError("Chunked attention is not expressed on packed rows.")
+    return RowMask(rows, local_size)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: RowMask | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer over packed rows. query [1, H, S, D], key and value [1, H_kv, S, D] → [1, S, H, D].
+
+    Raises NumericsError where the layer asks for something this function does not do, so that it is never silently wrong.
+    """
+    if not isinstance(attention_mask, RowMask):
+        raise NumericsError(f"{type(module).__name__} did not pass the row mask on; its attention cannot be packed.")
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise NumericsError(f"{type(module).__name__} uses {name}, which packed attention does not do.")
+    window = kwargs.get("sliding_window")
+    if (
+        window is not None
+        and attention_mask.window is None
+        and attention_mask.rows
+        and window < max(_reach(row) for row in attention_mask.rows)
+    ):
+        raise NumericsError(f"{type(module).__name__} has a window of {window} that its mask does not know of.")
+    if key.shape[2] != query.shape[2]:
+        raise NumericsError("Packed attention runs without a key-value cache.")
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    # One split instead of many slices: its backward is one concatenation, a slice's would be a zero-filled copy each.
+    heads = [length for row in attention_mask.rows for length in (row.prompt + row.branches[0], *row.branches[1:])]
+    queries, keys, values = (iter(part.split(heads, dim=2)) for part in (query, key, value))
+    outputs = []
+    for row in attention_mask.rows:
+        first_q, first_k, first_v = next(queries), next(keys), next(values)
+        bias = attention_mask.causal(first_q.shape[2], query.dtype, query.device)
+        outputs.append(
+            scaled_dot_product_attention(
+                first_q, first_k, first_v, attn_mask=bias, is_causal=bias is None, scale=scaling, dropout_p=dropout
+            )
+        )
+        for reply in row.branches[1:]:
+            bias = attention_mask.bias(row.prompt, reply, query.dtype, query.device)
+            joined_k = torch.cat([first_k[:, :, : row.prompt], next(keys)], dim=2)
+            joined_v = torch.cat([first_v[:, :, : row.prompt], next(values)], dim=2)
+            outputs.append(
+                scaled_dot_product_attention(next(queries), joined_k, joined_v, attn_mask=bias, scale=scaling, dropout_p=dropout)
+            )
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _reach(row: Span) -> int:
+    return row.prompt + max(row.branches)
+
+
+def register() -> None:
+    """Make `equipoise_packed` known to transformers. Safe to call again."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, row_mask)
+
+
+@contextmanager
+def attention_of(model: Any, name: str) -> Iterator[None]:
+    """Run a model with another attention implementation inside this block, and put its own back afterwards."""
+    before = model.config._attn_implementation
+    if before == name:
+        yield
+        return
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -1,0 +1,152 @@
+"""Packed batches: rows of one prompt and K replies, laid end to end in one sequence of S positions.
+
+    ids        [ p p p p a a a b b | p p a a a a b b b ]
+    positions  [ 0 1 2 3 4 5 6 4 5 | 0 1 2 3 4 5 2 3 4 ]
+
+A reply attends to its own prompt and to itself, never to its siblings. The token before a reply's first one is the
+prompt's last: it predicts the first token of every reply, so it is a source K times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import numpy as np
+import torch
+
+from equipoise.core.records import REPLY_ROLES
+from equipoise.data.rows import TokenRow
+
+Tensor = torch.Tensor
+Form = Literal["packed", "separate", "padded"]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where one row lies in the packed sequence: its first position, prompt length, and the length of each reply."""
+
+    start: int
+    prompt: int
+    branches: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Positions the row takes."""
+        return self.prompt + sum(self.branches)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch on its way through the model.
+
+    ids, positions: int64 [1, S], or [N, L] in the padded form.
+    rows: how the sequence is cut (empty in the padded form). padding: bool [N, L], padded form only.
+    segments: int64 like ids, 0 prompt and 1 reply (encoders with token types).
+    source, target, branch, offset: int64 [R]; position whose logits predict, token predicted, and where its
+    log-prob goes in [N, T]. source indexes the flattened ids.
+    unit, role: int64 [N]; mask: bool [N, T], the `learn` marks. facts: float64 [N] by name. row_ids: one per unit.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    rows: tuple[Span, ...]
+    padding: Tensor | None
+    segments: Tensor
+    source: Tensor
+    target: Tensor
+    branch: Tensor
+    offset: Tensor
+    unit: Tensor
+    role: Tensor
+    mask: Tensor
+    facts: Mapping[str, Tensor]
+    row_ids: tuple[str, ...]
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch on another device."""
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), torch.Tensor)
+        }
+        return replace(self, **moved, facts={name: value.to(device) for name, value in self.facts.items()})
+
+    @property
+    def tokens(self) -> int:
+        """Positions the model runs on, padding included."""
+        return self.ids.numel()
+
+
+def pack(rows: Sequence[TokenRow], form: Form = "packed", pad_id: int = 0) -> PackedBatch:
+    """Lay rows out as one micro-batch.
+
+    form: `packed` shares each prompt among its replies; `separate` gives every reply a prompt of its own in the same
+    packed sequence; `padded` stacks prompt + reply rows, right-padded, for models whose attention is not ours to choose.
+    """
+    pieces: list[tuple[np.ndarray, list[np.ndarray]]] = []
+    for row in rows:
+        replies = [branch.ids for branch in row.branches]
+        if form == "packed":
+            pieces.append((row.prompt, replies))
+        else:
+            pieces.extend((row.prompt, [reply]) for reply in replies)
+    width = max(len(prompt) + len(replies[0]) for prompt, replies in pieces) if form == "padded" else 0
+
+    ids: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    segments: list[np.ndarray] = []
+    spans: list[Span] = []
+    source: list[np.ndarray] = []
+    start = 0
+    for prompt, replies in pieces:
+        size = len(prompt)
+        ids.append(prompt)
+        positions.append(np.arange(size))
+        segments.append(np.zeros(size, dtype=np.int64))
+        at = start + size
+        for reply in replies:
+            ids.append(reply)
+            positions.append(np.arange(size, size + len(reply)))
+            segments.append(np.ones(len(reply), dtype=np.int64))
+            source.append(np.concatenate([[start + size - 1], np.arange(at, at + len(reply) - 1)]))
+            at += len(reply)
+        spans.append(Span(start, size, tuple(len(reply) for reply in replies)))
+        if form == "padded":
+            gap = start + width - at
+            ids.append(np.full(gap, pad_id))
+            # Positions go on through the padding: no two equal ones, so nothing takes it for a packed sequence.
+            positions.append(np.arange(width - gap, width))
+            segments.append(np.zeros(gap, dtype=np.int64))
+            at = start + width
+        start = at
+
+    shape = (len(pieces), width) if form == "padded" else (1, start)
+    lengths = np.array([span.length for span in spans])
+    branches = [branch for row in rows for branch in row.branches]
+    counts = [len(branch.ids) for branch in branches]
+    mask = np.zeros((len(branches), max(counts)), dtype=bool)
+    for index, branch in enumerate(branches):
+        mask[index, : counts[index]] = branch.marks["learn"]
+    names = sorted({name for branch in branches for name in branch.facts})
+    return PackedBatch(
+        ids=_tensor(np.concatenate(ids)).view(shape),
+        positions=_tensor(np.concatenate(positions)).view(shape),
+        rows=() if form == "padded" else tuple(spans),
+        padding=torch.from_numpy(np.arange(width)[None, :] < lengths[:, None]) if form == "padded" else None,
+        segments=_tensor(np.concatenate(segments)).view(shape),
+        source=_tensor(np.concatenate(source)),
+        target=_tensor(np.concatenate([branch.ids for branch in branches])),
+        branch=_tensor(np.repeat(np.arange(len(branches)), counts)),
+        offset=_tensor(np.concatenate([np.arange(count) for count in counts])),
+        unit=_tensor(np.repeat(np.arange(len(rows)), [len(row.branches) for row in rows])),
+        role=_tensor(np.array([REPLY_ROLES.index(branch.role) for branch in branches])),  # type: ignore[arg-type]
+        mask=torch.from_numpy(mask),
+        facts={name: torch.tensor([branch.facts.get(name, np.nan) for branch in branches], dtype=torch.float64) for name in names},
+        row_ids=tuple(row.id for row in rows),
+    )
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))

@@ -1,0 +1,81 @@
+"""From what a user names or hands over to an objective: a name with hyper-parameters, a file, a callable."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import PrivateAttr, ValidationError
+
+from equipoise.core import catalog
+from equipoise.core.errors import UsageError
+from equipoise.core.settings import explain
+from equipoise.objectives._base import Losses, Needs, Objective, Scored, objective_class
+
+
+def methods() -> list[str]:
+    """Names of all objectives."""
+    return catalog.names("objectives")
+
+
+def load_class(name: str) -> type[Objective]:
+    """The class of a method by name. Raises UsageError naming the nearest one."""
+    return objective_class(catalog.module("objectives", name))
+
+
+def build(spec: Mapping[str, Any]) -> Objective:
+    """An objective from `{"name": "dpo", "beta": 0.1}`. Raises UsageError for unknown or out-of-range values."""
+    values = dict(spec)
+    name = values.pop("name", None)
+    if not name:
+        raise UsageError("An objective needs a name, for example objective.name=dpo.")
+    file = values.pop("file", None)
+    kind = class_from_file(file) if file else load_class(str(name))
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(explain(error, kind, f"objective {name}")) from error
+
+
+def class_from_file(path: str | Path) -> type[Objective]:
+    """The one Objective defined in a user's Python file. The file is run: it is the user's own code, named by the user."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist.")
+    spec = importlib.util.spec_from_file_location(f"equipoise_user_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{path} is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    try:
+        return objective_class(module)
+    except TypeError as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+class CallableObjective(Objective):
+    """A user's function `(Scored) → losses [U]` as an objective."""
+
+    paper: ClassVar[str] = "given by the user"
+    departures: ClassVar[str] = "unknown"
+    needs: ClassVar[Needs] = Needs(roles=("chosen", "rejected"), reference="stored")
+    _function: Callable[[Scored], Losses | torch.Tensor] = PrivateAttr()
+
+    def __call__(self, scored: Scored) -> Losses:
+        """Whatever the function says. Raises UsageError unless it returns one loss per unit."""
+        result = self._function(scored)
+        losses = result if isinstance(result, Losses) else Losses(result)
+        if losses.sum.shape != (scored.units,):
+            raise UsageError(f"The loss function returned shape {tuple(losses.sum.shape)}; expected one loss per unit, [{scored.units}].")
+        return losses
+
+
+def from_callable(function: Callable[[Scored], Losses | torch.Tensor], needs: Needs | None = None) -> Objective:
+    """Wrap a loss function. `needs` defaults to pairs with a stored reference."""
+    kind = type("UserObjective", (CallableObjective,), {"needs": needs or CallableObjective.needs, "__module__": __name__})
+    objective: CallableObjective = kind()
+    objective._function = function
+    return objective

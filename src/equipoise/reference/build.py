@@ -1,0 +1,113 @@
+"""Fill the reference store: one forward pass over the rows it lacks, longest first, a shard every few seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+
+from equipoise.core.errors import NumericsError
+from equipoise.core.progress import bar
+from equipoise.data.plan import Planner
+from equipoise.data.rows import TokenRow
+from equipoise.models.batch import Form, pack
+from equipoise.models.logps import policy_logps
+from equipoise.reference.store import ReferenceStore, Values
+
+SECONDS_A_SHARD = 20.0
+
+
+def reference_logps(
+    model: Any,
+    rows: Sequence[TokenRow],
+    form: Form,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> list[list[Values]]:
+    """Log-probs of every reply token of some rows under `model`, in eval mode and without gradient. float32 [T] each, nats."""
+    batch = pack(rows, form).to(device)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), autocast():
+            values = policy_logps(model, batch).float().cpu().numpy()
+    finally:
+        model.train(training)
+    result: list[list[Values]] = []
+    number = 0
+    for row in rows:
+        replies = [values[number + index, : len(branch.ids)].copy() for index, branch in enumerate(row.branches)]
+        if not all(np.isfinite(reply).all() for reply in replies):
+            raise NumericsError(f"Row {row.id}: the reference model gives log-probs that are not finite.")
+        result.append(replies)
+        number += len(row.branches)
+    return result
+
+
+def build(
+    model: Any,
+    rows: Sequence[TokenRow],
+    store: ReferenceStore,
+    form: Form,
+    token_budget: int,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    rank: int = 0,
+    world_size: int = 1,
+    title: str = "reference",
+) -> dict[str, float]:
+    """Compute what the store lacks of these rows (this rank's share). A kill loses at most one shard's work.
+
+    Returns:
+        `tokens` run through the model and `seconds` it took; both 0 where the store had everything.
+    """
+    lacking = [rows[index] for index in store.missing(rows)]
+    if not lacking:
+        return {"tokens": 0, "seconds": 0.0}
+    lengths = tuple((len(row.prompt), tuple(len(branch.ids) for branch in row.branches)) for row in lacking)
+    planner = Planner((lengths,), world_size, token_budget, shared=form == "packed", padded=form == "padded", world_size=world_size)
+    start = last = time.monotonic()
+    waiting: list[TokenRow] = []
+    values: list[list[Values]] = []
+    tokens = 0
+    with bar(title, len(lacking) / world_size) as progress:
+        for micro in planner.all_rows(0, rank):
+            chosen = [lacking[index] for index in micro.rows]
+            values += reference_logps(model, chosen, form, device, autocast)
+            waiting += chosen
+            tokens += sum(row.tokens for row in chosen)
+            progress.advance(len(chosen))
+            if time.monotonic() - last > SECONDS_A_SHARD:
+                store.add(waiting, values)
+                waiting, values, last = [], [], time.monotonic()
+    store.add(waiting, values)
+    return {"tokens": tokens, "seconds": round(time.monotonic() - start, 3)}
+
+
+def check(
+    model: Any,
+    rows: Sequence[TokenRow],
+    store: ReferenceStore,
+    form: Form,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    tolerance: float = 1e-3,
+) -> float:
+    """Compute a few stored rows again and compare. Returns the largest difference [nats].
+
+    Raises NumericsError where it exceeds the tolerance: the store was damaged, or the numerics changed without a new number.
+    """
+    worst = 0.0
+    for fresh, row in zip(reference_logps(model, rows, form, device, autocast), rows, strict=True):
+        for new, old in zip(fresh, store.get(row), strict=True):
+            worst = max(worst, float(np.abs(new - old).max()))
+    if worst > tolerance:
+        raise NumericsError(
+            f"The reference store {store.folder} is {worst:.2g} nats off the reference model on rows "
+            f"{', '.join(row.id for row in rows)} (allowed {tolerance:.2g}). Delete that folder and run again."
+        )
+    return worst

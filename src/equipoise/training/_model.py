@@ -1,0 +1,159 @@
+"""The policy as a run trains it, and its reference: adapters, frozen weights, dropout, and who fills the store."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from equipoise.core.errors import UsageError
+from equipoise.core.files import file_fingerprint
+from equipoise.data.rows import TokenRow
+from equipoise.models.attention import NAME, attention_of, register
+from equipoise.models.batch import Form
+from equipoise.models.load import is_adapter, load_causal, load_sequence_classifier, resolve_model, weights_fingerprint
+from equipoise.models.logps import unwrapped
+from equipoise.reference.build import build, check
+from equipoise.reference.key import Context
+from equipoise.reference.store import ReferenceStore
+from equipoise.training.settings import TrainSettings
+from equipoise.training.start_check import choose_form
+
+_DROPOUT_FIELDS = (
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "hidden_dropout",
+    "layerdrop",
+    "attn_pdrop",
+    "resid_pdrop",
+    "embd_pdrop",
+)
+CHECKED_ROWS = 2
+
+
+def model_identity(settings: TrainSettings, model: Any) -> str:
+    """Fingerprint of the start weights: of the object in memory, of a local folder's files, else the hub name."""
+    if model is not None:
+        return weights_fingerprint(model, skip_adapters=False)
+    resolved = resolve_model(settings.model_name_or_path)
+    if not Path(resolved).is_dir():
+        return resolved
+    parts = [file_fingerprint(resolved)]
+    if is_adapter(resolved):
+        from equipoise.models.load import base_of
+
+        parts.append(file_fingerprint(resolve_model(base_of(resolved))))
+    return "+".join(parts)
+
+
+def load_policy(settings: TrainSettings, readout: str) -> Any:
+    """The start model of a run, on its device."""
+    if readout == "score":
+        return load_sequence_classifier(settings.model_name_or_path, from_backbone=True, dtype=settings.dtype, seed=settings.seed)
+    return load_causal(settings.model_name_or_path, dtype=settings.dtype, trainable=settings.use_peft)
+
+
+def make_trainable(model: Any, settings: TrainSettings, readout: str) -> tuple[Any, bool]:
+    """Put LoRA on, freeze what is not to be trained, switch dropout off. Returns the model and whether its adapter is fresh.
+
+    A model that already carries an adapter goes on training that one (use_peft) or has it merged in (full fine-tuning).
+    """
+    fresh = False
+    if settings.use_peft and not hasattr(model, "peft_config"):
+        from peft import LoraConfig, get_peft_model
+
+        targets: Any = settings.lora_target_modules
+        torch.manual_seed(settings.seed)
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                r=settings.lora_r,
+                lora_alpha=settings.lora_alpha,
+                lora_dropout=settings.lora_dropout,
+                target_modules=targets if isinstance(targets, str) else list(targets),
+                task_type="SEQ_CLS" if readout == "score" else "CAUSAL_LM",
+            ),
+        )
+        fresh = True
+    elif not settings.use_peft:
+        if hasattr(model, "merge_and_unload"):
+            model = model.merge_and_unload()
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+    if settings.trainable is not None:
+        pattern = re.compile(settings.trainable)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and pattern.search(name) is not None)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError(f"No weight is left to train: trainable={settings.trainable!r} matches none.")
+    if not settings.dropout:
+        switch_dropout_off(model)
+    return model, fresh
+
+
+def switch_dropout_off(model: torch.nn.Module) -> None:
+    """Set every dropout of the model itself to 0; LoRA's stays as its own setting says."""
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            continue
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for field in _DROPOUT_FIELDS:
+            if isinstance(getattr(module, field, None), float):
+                setattr(module, field, 0.0)
+
+
+def autocast_for(settings: TrainSettings, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """The context of a forward pass: bfloat16 autocast where asked for."""
+    if not settings.bf16:
+        return nullcontext
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def fill_store(
+    settings: TrainSettings,
+    model: Any,
+    fresh_adapter: bool,
+    rows: Sequence[TokenRow],
+    form: Form,
+    root: Path,
+    device: torch.device,
+    rank: int,
+    world_size: int,
+) -> tuple[ReferenceStore, dict[str, float]]:
+    """The store with the reference's log-probs of these rows. Returns it with what building it cost.
+
+    The reference is the start model (its fresh adapter off), or the model that `reference_model` names, which is loaded
+    only where the store lacks rows, and let go of again.
+    """
+    autocast = autocast_for(settings, device)
+    adapter_off: Callable[[], AbstractContextManager[Any]] = nullcontext
+    reference = model
+    if settings.reference_model is not None:
+        register()
+        reference = load_causal(settings.reference_model, dtype=settings.dtype, device=device)
+        form, _ = choose_form(reference, rows, settings.attention, device, autocast)
+        weights, adapter = weights_fingerprint(reference, skip_adapters=False), "active" if hasattr(reference, "peft_config") else "none"
+    elif fresh_adapter:
+        adapter_off = model.disable_adapter
+        weights, adapter = weights_fingerprint(model, skip_adapters=True), "none"
+    else:
+        weights, adapter = weights_fingerprint(model, skip_adapters=False), "active" if hasattr(model, "peft_config") else "none"
+    dtype = f"autocast-bfloat16/{settings.dtype}" if settings.bf16 else settings.dtype
+    store = ReferenceStore(root, Context(weights, adapter, dtype, f"{form}/{device.type}"))
+    known = [row for row in rows[:CHECKED_ROWS] if not store.missing([row])]
+    with adapter_off(), nullcontext() if form == "padded" else attention_of(unwrapped(reference), NAME):
+        if known:
+            check(
+                reference, known, store, form, device, autocast, tolerance=5e-2 if settings.bf16 or settings.dtype == "bfloat16" else 1e-3
+            )
+        cost = build(reference, rows, store, form, settings.token_budget, device, autocast, rank, world_size)
+    if world_size > 1:
+        torch.distributed.barrier()
+        store.reload()
+    return store, cost

@@ -1,0 +1,106 @@
+"""From what a run names, or a caller hands over in memory, to streams of token rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from equipoise.core.errors import DataError, UsageError
+from equipoise.core.prints import PromptPrints, conversation_text
+from equipoise.core.records import Record
+from equipoise.data.load import load
+from equipoise.data.rows import TokenRow, TokenRows
+from equipoise.data.settings import DataSettings
+from equipoise.data.tokenise import tokenise
+from equipoise.objectives._base import Objective
+from equipoise.training._streams import Stream, check_stream
+from equipoise.training.settings import StreamSettings, TrainSettings
+
+
+@dataclass
+class Rows:
+    """The rows of one stream, the accounting of how they came about, and prints of their prompts (None: unknown)."""
+
+    rows: Sequence[TokenRow]
+    accounting: list[dict[str, Any]]
+    prints: PromptPrints | None
+
+    def fingerprint(self) -> str:
+        """Identity of the tokens and marks."""
+        rows = self.rows if isinstance(self.rows, TokenRows) else TokenRows.of(self.rows)
+        return rows.fingerprint()
+
+
+def make_streams(
+    settings: TrainSettings, objectives: Sequence[Objective], tokenizer: Any, dataset: Any, eval_dataset: Any
+) -> tuple[list[Rows], list[Rows | None]]:
+    """Training and dev rows of every stream.
+
+    dataset, eval_dataset: None, or what `fit` takes in memory (of the first stream). Where the data names its `train`
+    part, the dev rows are the `dev` part of the same source: choices look at dev only.
+    """
+    train: list[Rows] = []
+    dev: list[Rows | None] = []
+    for number, (stream, objective) in enumerate(zip(settings.streams, objectives, strict=True)):
+        given, given_dev = (dataset, eval_dataset) if number == 0 else (None, None)
+        if given is None and stream.data is None:
+            raise UsageError(f"Stream {stream.name!r} has no data: set streams.{number}.data.dataset_name, or hand rows over in memory.")
+        train.append(_rows(given, stream, settings, objective, tokenizer, dev=False))
+        if given_dev is not None or (given is None and _has_dev(stream)):
+            rows = _rows(given_dev, stream, settings, objective, tokenizer, dev=True, may_be_empty=True)
+            dev.append(rows if len(rows.rows) else None)
+        else:
+            dev.append(None)
+    return train, dev
+
+
+def checked_streams(settings: TrainSettings, objectives: Sequence[Objective], rows: Sequence[Rows]) -> list[Stream]:
+    """Streams whose rows are what their objectives need."""
+    streams = [
+        Stream(stream.name, given.rows, objective, stream.weight)
+        for stream, given, objective in zip(settings.streams, rows, objectives, strict=True)
+    ]
+    for stream in streams:
+        check_stream(stream)
+    return streams
+
+
+def _rows(
+    given: Any, stream: StreamSettings, settings: TrainSettings, objective: Objective, tokenizer: Any, dev: bool, may_be_empty: bool = False
+) -> Rows:
+    if isinstance(given, TokenRows) or _all(given, TokenRow):
+        return Rows(given, [], None)
+    records: list[Record] = []
+    accounting: list[dict[str, Any]] = []
+    if _all(given, Record):
+        records = list(given)
+    elif given is not None:
+        loaded = load(_sources(stream)[0] if stream.data is not None else DataSettings(), dataset=given)
+        records, accounting = loaded.records, [loaded.accounting.as_json()]
+    else:
+        for source in _sources(stream):
+            loaded = load(source.model_copy(update={"part": "dev"}) if dev else source)
+            records += loaded.records
+            accounting.append(loaded.accounting.as_json())
+    if not records:
+        if may_be_empty:
+            return Rows([], accounting, None)
+        raise DataError(f"Stream {stream.name!r} has no rows left to train on: {accounting}.")
+    rows, tokens = tokenise(records, tokenizer, settings.tokenise, objective.needs.roles, objective.needs.facts)
+    accounting.append(tokens.as_json())
+    if not len(rows) and not may_be_empty:
+        raise DataError(f"Stream {stream.name!r} has no rows left after tokenising: {tokens.as_json()}.")
+    return Rows(rows, accounting, PromptPrints.of(conversation_text(record.prompt) for record in records))
+
+
+def _all(given: Any, kind: type) -> bool:
+    return isinstance(given, (list, tuple)) and bool(given) and isinstance(given[0], kind)
+
+
+def _sources(stream: StreamSettings) -> tuple[DataSettings, ...]:
+    return stream.data if isinstance(stream.data, tuple) else (stream.data or DataSettings(),)
+
+
+def _has_dev(stream: StreamSettings) -> bool:
+    return all(source.part == "train" for source in _sources(stream))

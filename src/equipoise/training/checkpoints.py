@@ -1,0 +1,35 @@
+"""Checkpoints that count only once they are whole: the `complete` mark is written after everything else."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from equipoise.core.files import read_json, write_json
+
+COMPLETE = "complete.json"
+
+
+class CompleteMark(TrainerCallback):
+    """Marks a checkpoint complete after the Trainer has written all of it."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Called by the Trainer once model, optimizer, schedule, random states and its own state are on disk."""
+        if state.is_world_process_zero and args.output_dir is not None:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(folder / COMPLETE, {"step": state.global_step})
+
+
+def newest_complete(folder: str | Path) -> Path | None:
+    """The newest complete checkpoint, or None. Folders left half-written by a kill are removed."""
+    found: list[tuple[int, Path]] = []
+    for checkpoint in Path(folder).glob("checkpoint-*"):
+        mark = checkpoint / COMPLETE
+        if mark.is_file():
+            found.append((int(read_json(mark)["step"]), checkpoint))
+        else:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    return max(found)[1] if found else None

@@ -1,0 +1,158 @@
+"""The start check: our log-probs against the model's own, on the run's weights and rows, before anything is trained.
+
+Ours must equal plain, unshared, unpadded forwards under the model's native attention: 1e-4 nats in float32; in
+bfloat16 no further off than two native batch shapes are from each other (a factor of two allowed, since both are
+maxima of few draws). On failure the next simpler form is tried: packed, separate rows, padded plain rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+
+from equipoise.core.errors import NumericsError
+from equipoise.core.progress import say
+from equipoise.data.rows import TokenRow
+from equipoise.models.attention import NAME, attention_of, register
+from equipoise.models.batch import Form, pack
+from equipoise.models.logps import policy_logps, scores, token_logps, unwrapped
+
+Tensor = torch.Tensor
+FLOAT32_TOLERANCE = 1e-4
+FORMS: tuple[Form, ...] = ("packed", "separate", "padded")
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+def probe_rows(rows: Sequence[TokenRow], window: int | None) -> list[TokenRow]:
+    """Rows to check on: the longest (past the window where there is one), the shortest, the middle one, the longest prompt."""
+    order = sorted(range(len(rows)), key=lambda row: rows[row].tokens)
+    picked = {order[0], order[len(order) // 2], order[-1], max(order, key=lambda row: len(rows[row].prompt))}
+    if window is not None:
+        # The shortest of those that reach past the window shows a wrong window as well as the longest, and costs less.
+        beyond = [row for row in order if _reach(rows[row]) > window]
+        picked |= set(beyond[:1])
+    return [rows[row] for row in sorted(picked)]
+
+
+def choose_form(
+    model: Any,
+    rows: Sequence[TokenRow],
+    wanted: Literal["auto", "packed", "separate", "padded"],
+    device: torch.device,
+    autocast: Autocast = nullcontext,
+) -> tuple[Form, dict[str, Any]]:
+    """The first form whose log-probs agree with the model's own, and a report of what was measured.
+
+    Raises NumericsError where none agrees, or where the one form that was asked for does not.
+    """
+    register()
+    was_training = model.training
+    model.eval()
+    try:
+        probes = probe_rows(rows, _window(model))
+        native = _native(model, probes, device, autocast)
+        low = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in model.parameters()) or autocast is not nullcontext
+        tolerance = FLOAT32_TOLERANCE
+        if low:
+            with torch.no_grad(), autocast():
+                other = policy_logps(model, pack(probes, "padded", _pad(model)).to(device)).float()
+            tolerance = max(FLOAT32_TOLERANCE, 2 * _furthest(other, native))
+        report: dict[str, Any] = {"tolerance": tolerance, "rows": [row.id for row in probes], "tried": {}}
+        for form in FORMS if wanted == "auto" else (wanted,):
+            if form == "packed" and max(len(row.branches) for row in rows) == 1:
+                continue  # nothing to share: separate rows are the same thing
+            difference, problem = _difference(model, probes, native, form, device, autocast)
+            report["tried"][form] = {"difference": difference, "problem": problem}
+            if problem is None and difference is not None and difference <= tolerance:
+                report["form"] = form
+                return form, report
+            reason = problem or f"its log-probs are {difference:.2g} nats off (allowed {tolerance:.2g})"
+            if wanted == "auto" and form != "padded":
+                say(f"start check: {_family(model)} cannot run {form} rows: {reason}; trying a simpler layout")
+        raise NumericsError(f"The start check failed for {_family(model)}: {report['tried']}. No layout gives the model's own log-probs.")
+    finally:
+        model.train(was_training)
+
+
+def check_scores(model: Any, rows: Sequence[TokenRow], device: torch.device, autocast: Autocast = nullcontext) -> dict[str, Any]:
+    """The same for a sequence classifier: a padded batch must score replies as each alone does (1e-3 of their spread).
+
+    Raises NumericsError where padding changes a score (a missing pad token, a head that reads the wrong position).
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        probes = probe_rows(rows, None)
+        with torch.no_grad(), autocast():
+            together = scores(model, pack(probes, "padded", _pad(model)).to(device))
+            alone = torch.cat(
+                [
+                    scores(model, pack([TokenRow(f"{row.id}/{number}", row.prompt, (branch,))], "padded", _pad(model)).to(device))
+                    for row in probes
+                    for number, branch in enumerate(row.branches)
+                ]
+            )
+    finally:
+        model.train(was_training)
+    difference = _furthest(together, alone)
+    low = autocast is not nullcontext or any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    tolerance = 5e-2 if low else 1e-3
+    if not difference <= tolerance:
+        raise NumericsError(
+            f"The start check failed for {_family(model)}: padding moves a score by {difference:.2g} (allowed {tolerance:.2g})."
+        )
+    return {
+        "tolerance": tolerance,
+        "rows": [row.id for row in probes],
+        "tried": {"padded": {"difference": difference, "problem": None}},
+        "form": "padded",
+    }
+
+
+def _difference(
+    model: Any, rows: Sequence[TokenRow], native: Tensor, form: Form, device: torch.device, autocast: Autocast
+) -> tuple[float | None, str | None]:
+    try:
+        with torch.no_grad(), autocast(), nullcontext() if form == "padded" else attention_of(unwrapped(model), NAME):
+            ours = policy_logps(model, pack(rows, form, _pad(model)).to(device)).float()
+    # A family may fail in any way when its attention is replaced; whatever it raises, the answer is the next form.
+    except Exception as error:
+        return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    difference = _furthest(ours, native)
+    return (difference, None) if difference == difference else (None, "its log-probs are not finite")
+
+
+def _native(model: Any, rows: Sequence[TokenRow], device: torch.device, autocast: Autocast) -> Tensor:
+    """[N, T] log-probs from one plain forward per reply under the model's own attention."""
+    branches = [(row, branch) for row in rows for branch in row.branches]
+    values = torch.zeros(len(branches), max(len(branch.ids) for _, branch in branches), device=device)
+    for number, (row, branch) in enumerate(branches):
+        ids = torch.tensor([*row.prompt.tolist(), *branch.ids.tolist()], device=device)[None]
+        with torch.no_grad(), autocast():
+            logits = model(input_ids=ids, use_cache=False).logits[0, len(row.prompt) - 1 : -1]
+        values[number, : len(branch.ids)] = token_logps(logits, ids[0, len(row.prompt) :]).float()
+    return values
+
+
+def _furthest(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+def _reach(row: TokenRow) -> int:
+    return len(row.prompt) + max(len(branch.ids) for branch in row.branches)
+
+
+def _window(model: Any) -> int | None:
+    window = getattr(unwrapped(model).config, "sliding_window", None)
+    return int(window) if window else None
+
+
+def _pad(model: Any) -> int:
+    return int(getattr(unwrapped(model).config, "pad_token_id", None) or 0)
+
+
+def _family(model: Any) -> str:
+    return str(getattr(unwrapped(model).config, "model_type", type(model).__name__))

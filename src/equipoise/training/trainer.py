@@ -1,0 +1,201 @@
+"""A thin subclass of `transformers.Trainer`: optimizers, schedules, PEFT, callbacks, trackers and saving are the library's.
+
+Ours is the step. One data item is one optimizer step of one rank, so the Trainer's own accumulation stays at 1 and the
+DataLoader is not handed to accelerate: every rank has the same plan and takes its own part.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from equipoise.core.errors import UsageError
+from equipoise.core.progress import Bar
+from equipoise.data.plan import Planner, Step
+from equipoise.training._step import StepRunner
+from equipoise.training._streams import Forward, Stream, detached, join
+from equipoise.training.meters import Meters
+
+Tensor = torch.Tensor
+
+
+class Steps(Dataset[Step]):
+    """The steps of the current epoch, as the DataLoader sees them."""
+
+    def __init__(self, planner: Planner) -> None:
+        self.planner, self.epoch = planner, 0
+
+    def __len__(self) -> int:
+        return self.planner.steps_per_epoch
+
+    def __getitem__(self, index: int) -> Step:
+        return self.planner.step(self.epoch * len(self) + index)
+
+
+class PreferenceTrainer(Trainer):
+    """Trains any objectives on packed rows.
+
+    Args:
+        streams: what to train on. dev: the same, for evaluation while training (may be empty).
+        planner: which rows make which step. dev_planner: how dev rows are cut.
+        forward: how a micro-batch goes through the model.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Any,
+        args: TrainingArguments,
+        streams: Sequence[Stream],
+        dev: Sequence[Stream],
+        planner: Planner,
+        dev_planner: Planner | None,
+        forward: Forward,
+        callbacks: Sequence[TrainerCallback] = (),
+        processing_class: Any = None,
+    ) -> None:
+        self.steps = Steps(planner)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=self.steps,
+            eval_dataset=self.steps if dev else None,
+            processing_class=processing_class,
+            callbacks=[_EpochOfSteps(self.steps), *callbacks],
+        )
+        if self.args.n_gpu > 1:
+            raise UsageError("Several GPUs in one process (DataParallel) are not supported: start with `accelerate launch` or `torchrun`.")
+        self.streams, self.dev, self.dev_planner, self.forward = streams, dev, dev_planner, forward
+        self.meters = Meters()
+        self.runner: StepRunner | None = None
+        self.positions = 0
+        self.cost = {"pairs": 0, "unique_tokens": 0, "trained_tokens": 0, "flops": 0.0}
+
+    # The library's hooks, in the order it calls them.
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Steps in order. Batch size 1 rather than None, because resuming skips through a batch sampler."""
+        return DataLoader(self.steps, batch_size=1, shuffle=False, collate_fn=_only)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One optimizer step's forward and backward passes. Returns its loss."""
+        model.train()
+        step: Step = inputs["step"]
+        if self.runner is None:
+            self.runner = StepRunner(
+                self.streams,
+                self.forward,
+                self.meters,
+                backward=self.accelerator.backward,
+                sync=lambda last: nullcontext() if last else self.accelerator.no_sync(model),
+                rank=self.args.process_index,
+                world_size=self.args.world_size,
+            )
+        self._count(step)
+        return self.runner.run(model, step)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Loss and meters of every dev stream, each objective over all of its rows at once."""
+        start = time.monotonic()
+        model = self.model_wrapped
+        training = model.training
+        model.eval()
+        metrics: dict[str, float] = {}
+        total = 0.0
+        for index, stream in enumerate(self.dev):
+            loss, values = self._evaluate_stream(model, index, stream)
+            total += stream.weight * loss
+            prefix = f"{metric_key_prefix}_" + (f"{stream.name}/" if len(self.dev) > 1 else "")
+            metrics |= {prefix + name: value for name, value in values.items()}
+        model.train(training)
+        metrics |= {f"{metric_key_prefix}_loss": total, f"{metric_key_prefix}_runtime": round(time.monotonic() - start, 3)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the meters of the steps since the last line; the only place where they are synchronised."""
+        if "loss" in logs:
+            logs.update(self.meters.read())
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Counted per step in `cost`; the library's own estimate reads padded inputs, which there are none."""
+        return 0
+
+    # What the hooks use.
+
+    def _evaluate_stream(self, model: Any, index: int, stream: Stream) -> tuple[float, dict[str, float]]:
+        assert self.dev_planner is not None
+        parts, counts = [], 0.0
+        with torch.no_grad():
+            for micro in self.dev_planner.all_rows(index, self.args.process_index):
+                parts.append(detached(self.forward.scored(model, stream, micro.rows)[0]))
+                counts += float(stream.counts[list(micro.rows)].sum())
+            if self.args.world_size > 1:
+                everyone: list[Any] = [None] * self.args.world_size
+                torch.distributed.all_gather_object(everyone, (parts, counts))
+                parts, counts = [part for mine, _ in everyone for part in mine], sum(count for _, count in everyone)
+            losses = stream.objective(join(parts))
+        meters = {name: value[~torch.isnan(value)] for name, value in losses.meters.items()}
+        return float(losses.sum.double().sum()) / counts, {
+            name: float(value.double().mean()) for name, value in meters.items() if len(value)
+        }
+
+    def _count(self, step: Step) -> None:
+        lengths = self.steps.planner.lengths
+        for index, (stream, rows) in enumerate(zip(self.streams, step.rows, strict=True)):
+            self.cost["pairs"] += len(rows)
+            self.cost["unique_tokens"] += sum(lengths[index][row][0] + sum(lengths[index][row][1]) for row in rows)
+            self.cost["trained_tokens"] += sum(int(branch.marks["learn"].sum()) for row in rows for branch in stream.rows[row].branches)
+
+
+class _EpochOfSteps(TrainerCallback):
+    """Tells the steps which epoch begins: from the step counter, which a resumed run has right."""
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Called before the first step of an epoch."""
+        self.steps.epoch = state.global_step // len(self.steps)
+
+
+class ProgressLine(TrainerCallback):
+    """One progress bar over all steps, with the time left."""
+
+    def __init__(self, open_bar: Callable[[str, float | None], AbstractContextManager[Bar]], title: str) -> None:
+        self._open, self._title = open_bar, title
+        self._context: AbstractContextManager[Bar] | None = None
+        self._bar: Bar | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Open the bar; a resumed run starts where it stopped."""
+        self._context = self._open(self._title, state.max_steps)
+        self._bar = self._context.__enter__()
+        self._bar.advance(state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """One step further."""
+        if self._bar is not None:
+            self._bar.advance()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the bar, also when training failed."""
+        if self._context is not None:
+            self._context.__exit__(None, None, None)
+            self._context = self._bar = None
+
+
+def _only(items: list[Step]) -> dict[str, Step]:
+    return {"step": items[0]}
