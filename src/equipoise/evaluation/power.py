@@ -1,0 +1,95 @@
+"""How much a comparison can see: the smallest detectable difference before a run, the prompts it would take after one.
+
+Two-sided tests at α with the given power, paired by prompt. For rates, the power of the exact McNemar test is computed in
+full for a given *discordance*, the share of prompts on which the two models differ; for means, by the normal
+approximation for a given standard deviation of the per-prompt difference. Differences of rates are fractions here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from scipy.special import ndtri
+from scipy.stats import binom
+
+from equipoise.core.errors import UsageError
+
+DISCORDANCE = 0.5
+"""Assumed before a run: two models whose 0-or-1 verdicts on a prompt are unrelated coin flips differ on half of the prompts."""
+
+_LARGE = 20_000  # from so many prompts on the exact power and its approximation are the same to the third digit
+
+
+def mcnemar_power(n: int, difference: float, discordance: float = DISCORDANCE, alpha: float = 0.05) -> float:
+    """Probability that the exact McNemar test on n prompts finds a true `difference` of rates. Raises UsageError out of range."""
+    _check(alpha=alpha)
+    if not 0 < discordance <= 1 or abs(difference) > discordance + 1e-12:
+        raise UsageError(f"A difference of {difference:g} needs a discordance between it and 1, found {discordance:g}.")
+    if n < 1:
+        return 0.0
+    share = min(1.0, (1 + abs(difference) / discordance) / 2)
+    spread = 7 * math.sqrt(n * discordance * (1 - discordance)) + 7
+    counts = np.arange(max(1, math.floor(n * discordance - spread)), min(n, math.ceil(n * discordance + spread)) + 1)
+    # The largest number of losses (or wins) that still rejects, for every number of discordant prompts; −1: none does.
+    critical = binom.ppf(alpha / 2, counts, 0.5)
+    critical = np.where(binom.cdf(critical, counts, 0.5) * 2 <= alpha + 1e-12, critical, critical - 1)
+    rejects = binom.cdf(critical, counts, share) + binom.sf(counts - critical - 1, counts, share)
+    return float(np.sum(binom.pmf(counts, n, discordance) * rejects))
+
+
+def detectable_rate(n: int, discordance: float = DISCORDANCE, alpha: float = 0.05, power: float = 0.8) -> float | None:
+    """The smallest difference of rates (a fraction) that n prompts detect; None where even all discordant prompts on one side would not."""
+    _check(alpha=alpha, power=power)
+    if mcnemar_power(n, discordance, discordance, alpha) < power:
+        return None
+    low, high = 0.0, discordance
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (low, middle) if mcnemar_power(n, middle, discordance, alpha) >= power else (middle, high)
+    return high
+
+
+def detectable_mean(n: int, deviation: float = 1.0, alpha: float = 0.05, power: float = 0.8) -> float | None:
+    """The smallest mean difference that n prompts detect, in units of `deviation` (1: standard deviations). None for n < 2."""
+    _check(alpha=alpha, power=power)
+    return _quantiles(alpha, power) * deviation / math.sqrt(n) if n >= 2 else None
+
+
+def needed_rate(difference: float, discordance: float, alpha: float = 0.05, power: float = 0.8) -> int | None:
+    """Prompts it takes to detect a difference of rates, with that share of discordant prompts. None for no difference.
+
+    Starts from Connor's formula (1987) and walks to the first n with the exact power.
+    """
+    _check(alpha=alpha, power=power)
+    size = min(abs(difference), discordance)
+    if size == 0:
+        return None
+    z_alpha, z_power = float(ndtri(1 - alpha / 2)), float(ndtri(power))
+    guess = ((z_alpha * math.sqrt(discordance) + z_power * math.sqrt(max(0.0, discordance - size**2))) / size) ** 2
+    if guess > _LARGE:
+        return math.ceil(guess)
+    low, high = 1, max(8, math.ceil(guess))
+    while mcnemar_power(high, size, discordance, alpha) < power:
+        low, high = high, math.ceil(high * 1.2) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if mcnemar_power(middle, size, discordance, alpha) >= power else (middle, high)
+    return high
+
+
+def needed_mean(difference: float, deviation: float, alpha: float = 0.05, power: float = 0.8) -> int | None:
+    """Prompts it takes to detect a mean difference when per-prompt differences have that standard deviation. None for no difference."""
+    _check(alpha=alpha, power=power)
+    if difference == 0:
+        return None
+    return max(2, math.ceil((_quantiles(alpha, power) * deviation / difference) ** 2))
+
+
+def _quantiles(alpha: float, power: float) -> float:
+    return float(ndtri(1 - alpha / 2) + ndtri(power))
+
+
+def _check(alpha: float, power: float = 0.8) -> None:
+    if not 0 < alpha < 1 or not 0 < power < 1:
+        raise UsageError(f"alpha and power must lie between 0 and 1, found {alpha:g} and {power:g}.")
