@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 from pydantic import Field
 
+from equipoise.core.catalog import module
+from equipoise.core.errors import DataError, UsageError
 from equipoise.core.records import Message, messages_from
 from equipoise.core.settings import Settings
 
@@ -27,8 +32,11 @@ class Prompt:
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Prompt:
-        """Read back one line of `prompts.jsonl`."""
-        return cls(str(row["id"]), messages_from(row["prompt"]), row.get("axis", ""), row.get("topic", ""))
+        """Read back one line of `prompts.jsonl`. Raises DataError naming the row."""
+        try:
+            return cls(str(row["id"]), messages_from(row["prompt"]), row.get("axis", ""), row.get("topic", ""))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"Not a prompt: {str(row)[:120]!r}. Each line needs `id` and `prompt`, a list of {{role, content}}.") from error
 
 
 class Sampling(Settings):
@@ -63,9 +71,11 @@ class Completion:
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Completion:
-        """Read back one line of `completions.jsonl`."""
-        known = {**row, "prompt": messages_from(row["prompt"]), "token_ids": tuple(row.get("token_ids", ()))}
-        return cls(**known)
+        """Read back one line of `completions.jsonl`. Raises DataError naming the row."""
+        try:
+            return cls(**{**row, "prompt": messages_from(row["prompt"]), "token_ids": tuple(row.get("token_ids", ()))})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"Not a completion: {str(row)[:120]!r} ({error}).") from error
 
 
 class Generator(Protocol):
@@ -74,3 +84,53 @@ class Generator(Protocol):
     def __call__(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """One completion per prompt, in order."""
         ...
+
+
+class GeneratorSettings(Settings, ABC):
+    """Base of each generator's settings. `generator` is the name of its module in this folder."""
+
+    generator: str = Field(description="local, scripted, openai_api or vllm")
+
+    def inputs(self) -> dict[str, str]:
+        """What the generator reads: name → fingerprint."""
+        return {}
+
+    @abstractmethod
+    def build(self) -> Generator:
+        """The generator, ready to answer."""
+
+
+def chosen(room: str, key: str) -> Callable[[Any], Any]:
+    """A pydantic before-validator that turns `{key: NAME, …}` into the settings class of `room/NAME.py`.
+
+    Each module of the room names its settings class `SETTINGS`. Settings that are already built pass through.
+    """
+
+    def choose(value: Any) -> Any:
+        if isinstance(value, Settings):
+            return value
+        if not isinstance(value, Mapping) or not isinstance(value.get(key), str):
+            raise UsageError(f"A {key} is a mapping with its name under `{key}`, found {value!r}.")
+        return module(room, value[key]).SETTINGS.make(value, source=f"{key} {value[key]}")
+
+    return choose
+
+
+def check_ids(prompts: Sequence[Prompt]) -> None:
+    """Raise DataError where two prompts share an id: it names their random stream and their line in the output."""
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt.id in seen:
+            raise DataError(f"Prompt id {prompt.id!r} stands twice.")
+        seen.add(prompt.id)
+
+
+def stream(seed: int, prompt_id: str) -> np.random.Generator:
+    """The random stream of one prompt, whatever batch it is in: PCG64 seeded with the SHA-256 of seed and id."""
+    digest = hashlib.sha256(f"{seed}\n{prompt_id}".encode("utf-8", "surrogatepass")).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
+
+
+def last_user_turn(messages: Sequence[Message]) -> str:
+    """What the user said last; empty where there is no user turn."""
+    return next((message.content for message in reversed(messages) if message.role == "user"), "")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from equipoise.generation._base import Completion
+from pydantic import Field
+
+from equipoise.core.settings import Settings
+from equipoise.generation._base import Completion, chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,3 +40,27 @@ class Scorer(Protocol):
     def __call__(self, completions: Sequence[Completion]) -> list[Verdict]:
         """One verdict per completion, in order."""
         ...
+
+
+class ScorerSettings(Settings, ABC):
+    """Base of each scorer's settings. `scorer` is the name of its module in this folder."""
+
+    scorer: str = Field(description="rules, reward_model, kl_to_base, implicit, ensemble or judge")
+
+    def inputs(self) -> dict[str, str]:
+        """What the scorer reads besides the completions: name → fingerprint."""
+        return {}
+
+    @abstractmethod
+    def build(self) -> Scorer:
+        """The scorer, ready to score."""
+
+
+RULES = ("invalid", "refusal", "length")
+
+
+def chosen_scorer(value: Any) -> Any:
+    """A pydantic before-validator: `{scorer: NAME, …}` becomes that scorer's settings; a rule's bare name is enough."""
+    if isinstance(value, str):
+        value = {"scorer": "rules", "rule": value} if value in RULES else {"scorer": value}
+    return chosen("scorers", "scorer")(value)

@@ -1,0 +1,162 @@
+"""Replies from a transformers causal language model on this machine: batched, seeded, the same whatever the batches.
+
+Prompts are sorted by length and cut into batches by a token budget, so little is padded. Each prompt draws from its
+own random stream of (seed, prompt id); batches change a reply only where they change the rounding of its logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from equipoise.core.errors import DataError
+from equipoise.data.settings import TokeniseSettings
+from equipoise.generation._base import Completion, Generator, GeneratorSettings, Prompt, Sampling, check_ids, stream
+from equipoise.generation._text import cut_at_stop, end_ids, model_inputs, prompt_tokens, stop_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class LocalSettings(GeneratorSettings):
+    """A model on this machine."""
+
+    generator: Literal["local"] = "local"
+    model_name_or_path: str = Field(description="asset name, local folder (also a PEFT adapter's), or hub name")
+    tokenise: TokeniseSettings = Field(default=TokeniseSettings(), description="how prompts become tokens")
+    dtype: Literal["float32", "bfloat16", "auto"] = Field(default="float32", description="dtype of the weights; auto: the checkpoint's")
+    device: str | None = Field(default=None, description="where to run; None: the accelerator where there is one")
+    batch_tokens: int = Field(default=8192, ge=1, description="rows × (longest prompt + max_new_tokens) of a batch, at most")
+    stop: tuple[str, ...] | None = Field(
+        default=None, description="texts that end a reply and are cut from it; None: the next human turn for plain transcripts"
+    )
+    trust_remote_code: bool = Field(default=False, description="run code that ships with the model; only if you trust its authors")
+
+    def inputs(self) -> dict[str, str]:
+        """The model's files."""
+        return model_inputs("model", self.model_name_or_path)
+
+    def build(self) -> Generator:
+        """Load the model; an adapter is merged into float32 weights, which generate faster without it."""
+        from equipoise.models.load import load_causal, load_tokenizer, weights_fingerprint
+
+        model: Any = load_causal(self.model_name_or_path, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
+        weights = weights_fingerprint(model, skip_adapters=False)
+        if hasattr(model, "merge_and_unload"):
+            model = model.merge_and_unload()
+        tokenizer = load_tokenizer(self.model_name_or_path, self.trust_remote_code)
+        return LocalGenerator(model, tokenizer, self.tokenise, self.batch_tokens, self.stop, weights)
+
+
+class LocalGenerator(Generator):
+    """Generates with a model and tokenizer in memory.
+
+    Args:
+        model: causal language model in eval mode.
+        tokenizer: its tokenizer.
+        tokenise: how prompts become tokens.
+        batch_tokens: rows × (longest prompt + max_new_tokens) of a batch, at most; a single row may exceed it.
+        stop: texts that end a reply; None: the next human turn for plain transcripts, nothing with a chat template.
+        weights: fingerprint written into each completion; None: computed.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        tokenise: TokeniseSettings | None = None,
+        batch_tokens: int = 8192,
+        stop: Sequence[str] | None = None,
+        weights: str | None = None,
+    ) -> None:
+        from equipoise.models.load import weights_fingerprint
+
+        self._model: Any = model
+        self._tokenizer: Any = tokenizer
+        self._tokenise = tokenise or TokeniseSettings()
+        self._batch_tokens = batch_tokens
+        self._ends = end_ids(model, tokenizer, self._tokenise)
+        self._stop = stop_texts(stop, tokenizer, self._tokenise)
+        self._weights = weights or weights_fingerprint(model, skip_adapters=False)
+        self._cut: set[str] = set()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What the stage reports besides: prompts whose oldest tokens were cut to fit the model's context."""
+        return {"prompts_cut": len(self._cut)}
+
+    def batches(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[int]]:
+        """Numbers of the prompts of each batch, longest first (what does not fit fails at once, not at the end)."""
+        return self._plan([len(self._ids(prompt, sampling)) for prompt in prompts], sampling)
+
+    def __call__(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        """One completion per prompt, in order."""
+        check_ids(prompts)
+        ids = [self._ids(prompt, sampling) for prompt in prompts]
+        completions: dict[int, Completion] = {}
+        for batch in self._plan([len(item) for item in ids], sampling):
+            replies = self._batch([prompts[index] for index in batch], [ids[index] for index in batch], sampling)
+            completions |= dict(zip(batch, replies, strict=True))
+        return [completions[index] for index in range(len(prompts))]
+
+    def _plan(self, lengths: Sequence[int], sampling: Sampling) -> list[list[int]]:
+        from equipoise.generation._decode import supports_cache
+
+        # Without a cache to mask, left padding would reach the recurrent state: such families go one by one.
+        budget = self._batch_tokens if supports_cache(self._model) else 0
+        batches: list[list[int]] = []
+        for index in sorted(range(len(lengths)), key=lambda item: (-lengths[item], item)):
+            if batches and (lengths[batches[-1][0]] + sampling.max_new_tokens) * (len(batches[-1]) + 1) <= budget:
+                batches[-1].append(index)
+            else:
+                batches.append([index])
+        return batches
+
+    def _batch(self, prompts: Sequence[Prompt], ids: Sequence[NDArray[np.int32]], sampling: Sampling) -> list[Completion]:
+        from equipoise.generation._decode import decode
+
+        steps = sampling.max_new_tokens if sampling.temperature > 0 else 1
+        draws = np.stack([stream(sampling.seed, prompt.id).random(steps) for prompt in prompts])
+        if steps < sampling.max_new_tokens:
+            draws = np.broadcast_to(draws, (len(prompts), sampling.max_new_tokens)).copy()
+        replies = decode(self._model, ids, sampling, draws, self._ends, self._stopped if self._stop else None)
+        return [
+            Completion(
+                id=prompt.id,
+                prompt=prompt.messages,
+                text=self._text(reply.ids),
+                token_ids=tuple(reply.ids),
+                finish_reason="stop" if reply.ended else "length",
+                seed=sampling.seed,
+                weights=self._weights,
+            )
+            for prompt, reply in zip(prompts, replies, strict=True)
+        ]
+
+    def _ids(self, prompt: Prompt, sampling: Sampling) -> NDArray[np.int32]:
+        ids = prompt_tokens(prompt, self._tokenizer, self._tokenise)
+        limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and len(ids) + sampling.max_new_tokens > limit:
+            room = limit - sampling.max_new_tokens
+            if room < 1:
+                raise DataError(f"max_new_tokens is {sampling.max_new_tokens}, but the model's context is {limit} tokens. Ask for fewer.")
+            self._cut.add(prompt.id)
+            ids = ids[-room:]
+        return ids
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """The reply as text: without special tokens, up to a stop text, without white space around it."""
+        return cut_at_stop(self._tokenizer.decode(ids, skip_special_tokens=True), self._stop).strip()
+
+    def _stopped(self, ids: list[int]) -> bool:
+        # A stop text spans no more tokens than it has bytes; a few more make sure that its start decodes whole.
+        tail = ids[-(max(len(text.encode()) for text in self._stop) + 4) :]
+        text = self._tokenizer.decode(tail, skip_special_tokens=True)
+        return any(stop in text for stop in self._stop)
+
+
+SETTINGS = LocalSettings
