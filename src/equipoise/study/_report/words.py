@@ -1,0 +1,260 @@
+"""What a study found, in plain words: the verdict paragraph, the stamps above it, and the facts of what was run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from equipoise.study._report import numbers
+from equipoise.study._report.read import StudyFiles, listing, mapping
+
+_MOST = 8
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One sentence of the verdict and the verdict word it stands for ('' for a remark)."""
+
+    verdict: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Something a reader must know before believing any figure. `level`: alarm or caution."""
+
+    level: str
+    title: str
+    items: Sequence[str]
+
+
+def title(files: StudyFiles) -> str:
+    """The study's own title or name, else its folder's."""
+    study = _study(files)
+    return str(study.get("title") or study.get("name") or files.name)
+
+
+def description(files: StudyFiles) -> str:
+    """The study's own paragraph about itself, or nothing."""
+    return str(_study(files).get("description") or "")
+
+
+def verdict(files: StudyFiles, comparisons: Sequence[Mapping[str, Any]]) -> list[Statement]:
+    """One paragraph: how many questions have an answer, then each primary contrast in a sentence."""
+    if not files.evaluation:
+        return [Statement("", "There is no verdict yet: the arms of this study have not been evaluated.")]
+    if files.withheld:
+        words = "No verdict is given: the judge is not independent of the test prompts or of the training data, and nobody overrode that."
+        return [Statement("", words)]
+    primary = [item for item in comparisons if item.get("primary")]
+    if not primary:
+        return [Statement("", "No contrast was named beforehand, so nothing here is a verdict; every comparison below is exploratory.")]
+    by_verdict = {word: [item for item in primary if item.get("verdict") == word] for word in ("real", "equivalent", "undecided")}
+    counts = [f"{numbers.number_word(len(items))} {word}" for word, items in by_verdict.items() if items]
+    asked = "One contrast was" if len(primary) == 1 else f"{numbers.number_word(len(primary)).capitalize()} contrasts were"
+    if len(counts) == 1 and len(primary) > 1:
+        result = f"all of them {counts[0].split()[-1]}"
+    elif len(primary) == 1:
+        result = f"it is {counts[0].split()[-1]}" if counts else "it has no verdict"
+    else:
+        result = _joined(counts) if counts else "none has a verdict"
+    told = [item for items in by_verdict.values() for item in items]
+    said = [Statement("", f"{asked} named beforehand: {result}.")]
+    said += [Statement(str(item["verdict"]), sentence(files, item)) for item in told[:_MOST]]
+    if len(told) > _MOST:
+        said.append(Statement("", f"The other {len(told) - _MOST} stand in the table of contrasts."))
+    return said
+
+
+def sentence(files: StudyFiles, item: Mapping[str, Any]) -> str:
+    """One contrast in words: who is better, by how much; or equivalent; or undecided, and how many prompts it would take."""
+    metric = files.metrics.get(str(item.get("metric")), {})
+    unit = str(item.get("unit") or metric.get("unit") or "")
+    a, b, name = item.get("a"), item.get("b"), _lower(str(metric.get("title") or item.get("metric")))
+    if metric.get("flagged"):
+        name += " (a flagged metric)"
+    between = numbers.interval(item.get("low"), item.get("high"), unit, True)
+    size = f"{numbers.with_unit(item.get('difference'), unit, True)}{f', 95 % interval {between}' if between else ''}"
+    if item.get("verdict") == "equivalent":
+        margin = f" within ±{numbers.with_unit(item.get('margin'), unit)}" if numbers.finite(item.get("margin")) is not None else ""
+        return f"{a} and {b} are equivalent{margin} on {name} ({size})."
+    if item.get("verdict") == "undecided":
+        asked, needed = numbers.count(item.get("n")), numbers.finite(item.get("n_needed"))
+        need = f"about {numbers.count(needed)} prompts would decide it, {asked} were asked" if needed else f"{asked} prompts were asked"
+        return f"{a} against {b} on {name} is undecided ({size}); {need}."
+    difference = numbers.finite(item.get("difference")) or 0.0
+    better = {"higher": difference > 0, "lower": difference < 0}.get(str(metric.get("better")))
+    word = ("higher" if difference > 0 else "lower") if better is None else "better" if better else "worse"
+    return f"{a} is {word} than {b} on {name} ({size}; p {_equals(_corrected(item))})."
+
+
+def stamps(files: StudyFiles) -> list[Stamp]:
+    """Alarms first: independence, failures, unknown provenance, the evaluation's warnings, flagged metrics, missing pieces."""
+    independence = mapping(files.evaluation.get("independence"))
+    unknown = [str(item) for item in listing(independence.get("unknown"))]
+    overlaps = [_overlap(mapping(item)) for item in listing(independence.get("overlaps"))]
+    found = []
+    if independence.get("overridden"):
+        found.append(Stamp("alarm", "The judge’s independence was overridden: believe the headline only as far as you believe the judge", _few(overlaps)))
+    elif independence.get("blocked"):
+        words = "The headline is withheld, because the judge is not independent; the study’s setting override_independence would show it, stamped"
+        found.append(Stamp("alarm", words, _few(overlaps)))
+    if unknown:
+        found.append(Stamp("caution", "Nobody can say whether the judge is independent: what these were trained on is unknown", unknown))
+    elif files.evaluation and not independence:
+        found.append(Stamp("caution", "The evaluation does not say whether the judge is independent", []))
+    failed = [f"{arm.name}, seed {run.get('seed')}: {run.get('error') or 'no reason recorded'}" for arm in files.arms for run in arm.failed]
+    if failed:
+        found.append(Stamp("alarm", f"{numbers.number_word(len(failed)).capitalize()} of the runs failed and {_stand(len(failed))} in no table", failed))
+    pending = [f"{arm.name}, seed {run.get('seed')}" for arm in files.arms for run in arm.pending]
+    if pending:
+        found.append(Stamp("caution", "The study is not finished; still to run", pending))
+    found += _about_the_plan(files)
+    flagged = [
+        f"{metric.get('title') or name}: {metric.get('flag_reason') or 'no reason recorded'}" for name, metric in files.metrics.items() if metric.get("flagged")
+    ]
+    if flagged:
+        found.append(Stamp("caution", "Flagged metrics: what they reward can be had without being useful", flagged))
+    warnings = [str(item) for item in listing(files.evaluation.get("warnings"))]
+    if warnings:
+        found.append(Stamp("caution", "Warnings of the evaluation", warnings))
+    if files.notes:
+        found.append(Stamp("caution", "Missing from this report", files.notes))
+    return found
+
+
+def _about_the_plan(files: StudyFiles) -> list[Stamp]:
+    """What departs from what was decided beforehand: contrasts that could not be tested, and a lock that was changed."""
+    known = {(item.get("a"), item.get("b"), item.get("metric")) for item in map(mapping, listing(files.evaluation.get("comparisons")))}
+    planned = [mapping(item) for item in listing(files.lock.get("primary"))] if files.evaluation else []
+    untested = [item for item in planned if (item.get("a"), item.get("b"), item.get("metric")) not in known]
+    found = []
+    if untested:
+        items = [f"{item.get('a')} against {item.get('b')} on {item.get('metric')}" for item in untested]
+        found.append(Stamp("alarm", "Primary contrasts that could not be tested", items))
+    changed = [str(line) for change in listing(files.lock.get("changed")) for line in listing(change)]
+    if changed:
+        found.append(Stamp("caution", "What was decided beforehand was later decided anew", _few(changed, "study.lock.json")))
+    return found
+
+
+def facts(files: StudyFiles) -> list[tuple[str, str]]:
+    """What was decided and run, as (name, words): base model, data, seeds, budget, judge, sampling, prompts, version, time."""
+    study = _study(files)
+    seeds = listing(study.get("seeds")) or sorted({str(run.get("seed")) for arm in files.arms for run in arm.runs if "seed" in run})
+    judge = mapping(study.get("judge"))
+    evaluation = mapping(study.get("evaluation"))
+    seconds = [numbers.finite(entry.get("seconds")) for entry in _unique_stages(files)]
+    known = [value for value in seconds if value is not None]
+    rows = [
+        ("Base model", str(study.get("model_name_or_path") or "")),
+        ("Data", _data(mapping(study.get("data")))),
+        ("Seeds", ", ".join(str(seed) for seed in seeds)),
+        ("Equal budget", _budget(study.get("budget"))),
+        ("Judge", _joined([str(judge[key]) for key in ("name", "model_name_or_path") if judge.get(key)], " on ")),
+        ("Sampling", _pairs(mapping(evaluation.get("sampling")))),
+        ("Null policies", ", ".join(str(item) for item in listing(evaluation.get("null_policies")))),
+        ("Baseline", str(files.evaluation.get("baseline") or evaluation.get("baseline") or "")),
+        ("Prompts", _prompts(files)),
+        ("Package", str(files.lock.get("package_version") or files.lock.get("version") or "")),
+        ("Time of all stages", f"{numbers.duration(sum(known))}, each stage counted once" if known else ""),
+    ]
+    return [(name, words) for name, words in rows if words]
+
+
+def judge_facts(files: StudyFiles) -> list[tuple[str, str]]:
+    """The judge's provenance: who it is, how well it does on pairs it never saw next to guessing by length, and what it shares."""
+    judge, independence = mapping(files.evaluation.get("judge")), mapping(files.evaluation.get("independence"))
+    if not judge:
+        return []
+    held_out = mapping(judge.get("held_out"))
+    rows = [("Name", str(judge.get("name") or "not said")), ("Weights", str(judge.get("weights") or "not said"))]
+    if held_out:
+        rows += [
+            ("Pair accuracy, held out", _held_out(mapping(held_out.get("pair_accuracy")))),
+            ("Guessing by length", _held_out(mapping(held_out.get("length_baseline")))),
+        ]
+    else:
+        rows.append(("Pair accuracy, held out", "not measured: how often this judge agrees with people is not known"))
+    overlaps = listing(independence.get("overlaps"))
+    blocked = "overridden" if independence.get("overridden") else "not independent" if independence.get("blocked") else ""
+    state = blocked or ("unknown" if independence.get("unknown") or not independence else "independent: no prompt is shared")
+    rows.append(("Independence", state))
+    if overlaps:
+        kinds = [str(mapping(item).get("kind") or "?") for item in overlaps]
+        rows.append(("Shared prompts", f"{len(overlaps)} ({', '.join(f'{kinds.count(kind)} {kind}' for kind in sorted(set(kinds)))})"))
+    return rows + [("Unknown", str(item)) for item in listing(independence.get("unknown"))]
+
+
+def _held_out(estimate: Mapping[str, Any]) -> str:
+    unit = str(estimate.get("unit") or "")
+    between = numbers.interval(estimate.get("low"), estimate.get("high"), unit)
+    count = f", n = {numbers.count(estimate.get('n'))}" if numbers.finite(estimate.get("n")) is not None else ""
+    return f"{numbers.with_unit(estimate.get('value'), unit)}{f' (95 % interval {between})' if between else ''}{count}"
+
+
+def _study(files: StudyFiles) -> dict[str, Any]:
+    return mapping(files.lock.get("study")) or mapping(files.lock.get("settings")) or files.lock
+
+
+def _unique_stages(files: StudyFiles) -> Iterable[dict[str, Any]]:
+    entries = {str(entry.get("folder") or id(entry)): entry for arm in files.arms for run in arm.runs for entry in arm.stages(run)}
+    return entries.values()
+
+
+def _data(blocks: Mapping[str, Any]) -> str:
+    words = []
+    for name, block in blocks.items():
+        inner = mapping(block)
+        source = inner.get("dataset_name") or inner.get("source") or inner.get("path") or inner.get("name")
+        words.append(f"{name} ({source})" if source and source != name else str(name))
+    return ", ".join(words)
+
+
+def _budget(budget: Any) -> str:
+    inner = mapping(budget)
+    if inner.get("equal") == "none":
+        return "none: arms may differ in what they spend"
+    return str(inner["equal"]) if inner.get("equal") else _pairs(inner) if inner else str(budget or "")
+
+
+def _pairs(value: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {'none' if inner is None else inner}" for key, inner in value.items() if not isinstance(inner, (dict, list)))
+
+
+def _prompts(files: StudyFiles) -> str:
+    axes: dict[str, int] = {}
+    for row in files.replies:
+        axes[str(row.get("axis") or "unknown")] = axes.get(str(row.get("axis") or "unknown"), 0) + 1
+    return f"{len(files.replies)} ({', '.join(f'{count} {axis}' for axis, count in axes.items())})" if axes else ""
+
+
+def _overlap(item: Mapping[str, Any]) -> str:
+    similarity = numbers.finite(item.get("similarity"))
+    near = f", similarity {similarity:.2f}" if similarity is not None and item.get("kind") != "exact" else ""
+    return f"{item.get('kind') or 'shared'} prompt between {_joined([str(side) for side in listing(item.get('between'))])}: {item.get('test_id')}{near}"
+
+
+def _few(items: Sequence[str], where: str = "evaluation/evaluation.json") -> list[str]:
+    return [*items[:5], *([f"and {len(items) - 5} more, listed in {where}"] if len(items) > 5 else [])]
+
+
+def _stand(count: int) -> str:
+    return "stands" if count == 1 else "stand"
+
+
+def _joined(items: Sequence[str], last: str = " and ") -> str:
+    return last.join([", ".join(items[:-1]), items[-1]]) if len(items) > 1 else "".join(items)
+
+
+def _lower(words: str) -> str:
+    return words[0].lower() + words[1:] if len(words) > 1 and words[1].islower() else words
+
+
+def _corrected(item: Mapping[str, Any]) -> str:
+    return numbers.p_value(item.get("p_holm") if numbers.finite(item.get("p_holm")) is not None else item.get("p"))
+
+
+def _equals(words: str) -> str:
+    return words if words.startswith("<") else f"= {words}"
