@@ -1,0 +1,144 @@
+"""Packed rows give every family's own log-probs and gradients, or are refused: never silently wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from equipoise.core.errors import NumericsError
+from equipoise.models.attention import NAME, attention_of, packed_rows, register
+from equipoise.models.batch import Form, pack
+from equipoise.models.logps import policy_logps, token_logps
+from equipoise.training.start_check import choose_form
+from tests.tiny import DIFFICULT, FAMILIES, row, tiny
+
+register()
+CPU = torch.device("cpu")
+# One reply, two, three; a one-token prompt; replies of one token; rows past every window of the tiny families.
+ROWS = [
+    row("a", 7, {"chosen": 5, "rejected": 9}),
+    row("b", 1, {"chosen": 1, "rejected": 3}),
+    row("c", 30, {"chosen": 12, "rejected": 4}),
+    row("d", 3, {"chosen": 2, "rejected": 2, "gold": 20}),
+    row("e", 11, {"gold": 6}),
+]
+
+
+def plain(model: Any) -> torch.Tensor:
+    """[N, T] log-probs from one forward a reply, computed with nothing of ours."""
+    branches = [(item, branch) for item in ROWS for branch in item.branches]
+    result = torch.zeros(len(branches), max(len(branch.ids) for _, branch in branches))
+    for number, (item, branch) in enumerate(branches):
+        ids = torch.tensor(np.concatenate([item.prompt, branch.ids]))[None].long()
+        logps = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+        for offset, token in enumerate(branch.ids):
+            result[number, offset] = logps[len(item.prompt) - 1 + offset, int(token)]
+    return result
+
+
+def ours(model: Any, form: Form) -> torch.Tensor:
+    with attention_of(model, NAME if form != "padded" else "sdpa"):
+        return policy_logps(model, pack(ROWS, form))
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_log_probs_equal_plain_forwards(name: str) -> None:
+    model = tiny(name)
+    with torch.no_grad():
+        expected = plain(model)
+        assert expected.abs().max() > 3, "the model must be far from uniform for this test to see anything"
+        for form in ("packed", "separate", "padded"):
+            torch.testing.assert_close(ours(model, form), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt350m", "mistral", "gemma3"])
+def test_gradients_equal_plain_forwards(name: str) -> None:
+    model = tiny(name)
+    weights = torch.randn(10, 20, generator=torch.Generator().manual_seed(0))
+
+    def gradient(values: torch.Tensor) -> torch.Tensor:
+        model.zero_grad()
+        (values * weights).sum().backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+
+    expected = gradient(plain(model))
+    difference = (gradient(ours(model, "packed")) - expected).norm() / expected.norm()
+    assert difference < 1e-5
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_the_start_check_takes_the_fast_form(name: str) -> None:
+    form, report = choose_form(tiny(name), ROWS, "auto", CPU)
+    assert form == "packed", report
+    assert report["tried"]["packed"]["difference"] <= 1e-4
+
+
+@pytest.mark.parametrize("name", sorted(DIFFICULT))
+def test_the_start_check_catches_what_packing_gets_wrong(name: str) -> None:
+    """Whatever form comes out must give the model's own log-probs; the packed one only where it really does."""
+    model = tiny(name)
+    with torch.no_grad():
+        expected = plain(model)
+        form, report = choose_form(model, ROWS, "auto", CPU)
+        if form == "padded":
+            values = policy_logps(model, pack(ROWS, "padded"))
+        else:
+            with attention_of(model, NAME):
+                values = policy_logps(model, pack(ROWS, form))
+    torch.testing.assert_close(values, expected, atol=1e-4, rtol=1e-4)
+    if name in ("gpt_oss", "gemma2", "mamba", "bloom"):
+        assert form == "padded", report
+
+
+def test_a_wrong_window_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask function that forgets the window is silently wrong for windowed models; the check has to see it."""
+    from equipoise.models import attention
+
+    monkeypatch.setattr(attention.RowMask, "causal", lambda self, length, dtype, device: None)
+    form, report = choose_form(tiny("mistral"), ROWS, "auto", CPU)
+    assert report["tried"]["packed"]["difference"] > 1e-4
+    assert form == "padded"
+
+
+def test_a_forced_form_that_is_wrong_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    from equipoise.models import attention
+
+    monkeypatch.setattr(attention.RowMask, "causal", lambda self, length, dtype, device: None)
+    with pytest.raises(NumericsError, match="start check"):
+        choose_form(tiny("mistral"), ROWS, "packed", CPU)
+
+
+def test_packed_attention_refuses_to_run_without_rows() -> None:
+    model = tiny("llama")
+    with attention_of(model, NAME), pytest.raises(NumericsError, match="without packed rows"):
+        model(input_ids=torch.ones(1, 4, dtype=torch.long), use_cache=False)
+    with attention_of(model, NAME), packed_rows(pack(ROWS).rows), pytest.raises(NumericsError, match="positions"):
+        model(input_ids=torch.ones(1, 4, dtype=torch.long), use_cache=False)
+
+
+def test_layout_by_hand() -> None:
+    batch = pack([row("a", 4, {"chosen": 3, "rejected": 2}), row("b", 2, {"chosen": 1, "rejected": 2})])
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 5, 6, 4, 5, 0, 1, 2, 2, 3]]
+    # The prompt's last token predicts the first token of both replies.
+    assert batch.source.tolist() == [3, 4, 5, 3, 7, 10, 10, 12]
+    assert batch.branch.tolist() == [0, 0, 0, 1, 1, 2, 3, 3]
+    assert batch.offset.tolist() == [0, 1, 2, 0, 1, 0, 0, 1]
+    assert batch.unit.tolist() == [0, 0, 1, 1]
+    assert batch.mask.tolist() == [[True] * 3, [True, True, False], [True, False, False], [True, True, False]]
+    assert batch.tokens == 14
+    assert pack([row("a", 4, {"chosen": 3, "rejected": 2})], "separate").tokens == 13
+    assert pack([row("a", 4, {"chosen": 3, "rejected": 2})], "padded").ids.shape == (2, 7)
+
+
+def test_token_logps_gradient() -> None:
+    logits = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda values: token_logps(values, torch.arange(5)), logits)
+    huge = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
+    values = token_logps(huge, torch.tensor([1]))
+    assert values.item() == -2e4
+    values.sum().backward()
+    assert huge.grad is not None
+    assert torch.isfinite(huge.grad).all()

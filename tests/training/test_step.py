@@ -1,0 +1,162 @@
+"""The update does not depend on how the batch was cut: gradients of a step, to 1e-6 relative."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from equipoise.core.errors import NumericsError
+from equipoise.data.plan import Planner
+from equipoise.data.rows import TokenRow
+from equipoise.models.attention import NAME, attention_of, register
+from equipoise.models.batch import Form
+from equipoise.objectives._base import Losses, Objective, Scored
+from equipoise.objectives._load import build, from_callable
+from equipoise.reference.build import build as build_store
+from equipoise.reference.key import Context
+from equipoise.reference.store import ReferenceStore
+from equipoise.training._step import StepRunner
+from equipoise.training._streams import Forward, Stream
+from equipoise.training.meters import Meters
+from tests.tiny import pairs, row, tiny
+
+register()
+CPU = torch.device("cpu")
+
+
+def labelled(count: int = 8) -> list[TokenRow]:
+    generator = np.random.default_rng(1)
+    return [
+        row(f"k{number}", int(generator.integers(1, 20)), {"sample": int(generator.integers(1, 9)), "mismatched": int(generator.integers(1, 9))}, label=number % 2)
+        for number in range(count)
+    ]
+
+
+def store_for(rows: list[TokenRow], folder: Path) -> ReferenceStore:
+    """References under another random model, so that no log-ratio is zero."""
+    reference = tiny(seed=7)
+    store = ReferenceStore(folder, Context("seed 7", "none", "float32", "packed/cpu"))
+    with attention_of(reference, NAME):
+        build_store(reference, rows, store, "packed", 64, CPU)
+    return store
+
+
+def step_gradient(streams: list[Stream], budget: int, form: Form = "packed", model: Any = None) -> tuple[float, torch.Tensor]:
+    """Loss and gradient of one step over all rows, cut by the budget."""
+    model = model or tiny(seed=3)
+    planner = Planner(
+        tuple(stream.lengths for stream in streams), len(streams[0].rows), budget, shuffle=False, shared=form == "packed", padded=form == "padded"
+    )
+    runner = StepRunner(streams, Forward(form, CPU), Meters(), backward=lambda loss: loss.backward(), sync=lambda last: nullcontext())
+    with nullcontext() if form == "padded" else attention_of(model, NAME):
+        loss = runner.run(model, planner.step(0))
+    gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+    return float(loss), gradient
+
+
+@pytest.mark.parametrize("spec", [{"name": "dpo"}, {"name": "kto"}, {"name": "sft"}], ids=lambda spec: spec["name"])
+def test_any_cut_gives_the_same_step(spec: dict[str, Any], tmp_path: Path) -> None:
+    objective = build(spec)
+    rows = {"dpo": pairs(), "kto": labelled(), "sft": [row(f"s{n}", 3 + n, {"gold": 1 + 3 * n}) for n in range(8)]}[spec["name"]]
+    stream = Stream("main", rows, objective)
+    if objective.needs.reference == "stored":
+        stream.store = store_for(rows, tmp_path)
+    whole_loss, whole = step_gradient([stream], 10_000)
+    assert whole.norm() > 1e-3
+    for budget in (1, 40, 90):
+        for form in ("packed", "separate", "padded"):
+            loss, gradient = step_gradient([stream], budget, form)
+            assert loss == pytest.approx(whole_loss, rel=1e-6)
+            assert (gradient - whole).norm() / whole.norm() < 2e-6, (budget, form)
+
+
+def test_a_step_equals_the_formula_written_out(tmp_path: Path) -> None:
+    """DPO over all rows by plain forwards and autograd, nothing of the engine in it."""
+    rows = pairs()
+    stream = Stream("main", rows, build({"name": "dpo", "beta": 0.3}), store=store_for(rows, tmp_path))
+    loss, gradient = step_gradient([stream], 60)
+
+    def summed(model: Any, prompt: np.ndarray, reply: np.ndarray) -> torch.Tensor:
+        ids = torch.tensor(np.concatenate([prompt, reply]))[None].long()
+        logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        return logps.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum()
+
+    policy, reference = tiny(seed=3), tiny(seed=7)
+    losses = []
+    for item in rows:
+        ratios = []
+        for branch in item.branches:
+            with torch.no_grad():
+                fixed = summed(reference, item.prompt, branch.ids)
+            ratios.append(summed(policy, item.prompt, branch.ids) - fixed)
+        losses.append(-torch.nn.functional.logsigmoid(0.3 * (ratios[0] - ratios[1])))
+    expected = torch.stack(losses).mean()
+    expected.backward()
+    wanted = torch.cat([parameter.grad.flatten() for parameter in policy.parameters() if parameter.grad is not None])
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert (gradient - wanted).norm() / wanted.norm() < 1e-5
+
+
+def test_streams_are_weighted_sums_of_their_means(tmp_path: Path) -> None:
+    safety, buffer = pairs(6, seed=1), pairs(10, seed=2)
+    store_one, store_two = store_for(safety, tmp_path / "one"), store_for(buffer, tmp_path / "two")
+    objective = build({"name": "dpo"})
+    first = Stream("safety", safety, objective, 1.0, store_one)
+    # With six units a step, six of the buffer's ten rows are taken.
+    second = Stream("buffer", buffer[:6], objective, 0.5, store_two)
+    loss, gradient = step_gradient([first, second], 70)
+    loss_one, gradient_one = step_gradient([first], 70)
+    loss_two, gradient_two = step_gradient([Stream("buffer", buffer[:6], objective, 1.0, store_two)], 70)
+    assert loss == pytest.approx(loss_one + 0.5 * loss_two, rel=1e-6)
+    wanted = gradient_one + 0.5 * gradient_two
+    assert (gradient - wanted).norm() / wanted.norm() < 2e-6
+
+
+def test_a_loss_that_is_not_finite_names_its_rows(tmp_path: Path) -> None:
+    def broken(scored: Scored) -> torch.Tensor:
+        values = scored.side("chosen").logratios()
+        return torch.where(torch.arange(len(values)) == 1, torch.nan, values)
+
+    rows = pairs(3)
+    stream = Stream("main", rows, from_callable(broken), store=store_for(rows, tmp_path))
+    with pytest.raises(NumericsError, match="not finite for rows row-"):
+        step_gradient([stream], 10_000)
+
+
+def test_a_users_function_is_an_objective(tmp_path: Path) -> None:
+    """IPO's square link written by a user; sharing the engine, its gradient equals autograd's on the same view."""
+
+    def squared(scored: Scored) -> Losses:
+        margin = scored.side("chosen").logratios() - scored.side("rejected").logratios()
+        return Losses((margin - 5.0) ** 2, {"margin": margin.detach()})
+
+    rows = pairs(4)
+    objective = from_callable(squared)
+    assert isinstance(objective, Objective)
+    stream = Stream("main", rows, objective, store=store_for(rows, tmp_path))
+    assert step_gradient([stream], 30)[0] == pytest.approx(step_gradient([stream], 10_000)[0], rel=1e-5)
+
+
+def test_idle_micro_batches_change_nothing(tmp_path: Path) -> None:
+    """A rank without work runs a filler whose loss counts nothing; a two-rank step sums to the one-rank step."""
+    rows = pairs(5)
+    stream = Stream("main", rows, build({"name": "dpo"}), store=store_for(rows, tmp_path))
+    _, whole = step_gradient([stream], 40)
+    planner = Planner((stream.lengths,), 5, 40, shuffle=False, world_size=2)
+    step = planner.step(0)
+    assert len(step.ranks[0]) == len(step.ranks[1])
+    gradients = []
+    for rank in range(2):
+        model = tiny(seed=3)
+        runner = StepRunner([stream], Forward("packed", CPU), Meters(), lambda loss: loss.backward(), lambda last: nullcontext(), rank, 2)
+        with attention_of(model, NAME):
+            runner.run(model, step)
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]))
+    # DDP averages over ranks.
+    mean = (gradients[0] + gradients[1]) / 2
+    assert (mean - whole).norm() / whole.norm() < 2e-6
