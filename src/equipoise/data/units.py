@@ -44,7 +44,7 @@ def units(records: Sequence[Record], roles: tuple[str, ...], facts: tuple[str, .
                 made.append(unit)
             else:
                 accounting.drop(f"a reply without the fact {missing!r}", unit.id)
-    accounting.rows_in += len(made) + accounting.dropped_total - before
+    accounting.rows_in += accounting.dropped_total - before  # the others are counted where they are tokenised
     if not made:
         raise DataError(f"No record has the replies {', '.join(roles)}: {accounting.in_words()}.")
     return _with_mismatched(made) if "mismatched" in roles else made

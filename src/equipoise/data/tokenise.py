@@ -1,0 +1,172 @@
+"""Records to token rows: the prompt once, each reply after it, its end included, nothing cut silently."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from equipoise.core.errors import DataError
+from equipoise.core.records import Message, Record, Reply
+from equipoise.data._encode import Encoder
+from equipoise.data.accounting import Accounting
+from equipoise.data.rows import Branch, Ids, TokenRow, TokenRows
+from equipoise.data.settings import TokeniseSettings
+from equipoise.data.units import facts_of, units
+
+BATCH = 1000
+"""Units tokenised in one go: fast tokenizers work on many texts at once."""
+
+OVER_LIMIT = "a reply alone exceeds max_length"
+REFUSED = "the chat template refuses this conversation"
+IDENTICAL = "the replies are the same tokens"
+MISMATCHED_CUT = "mismatched replies cut at max_length"
+
+
+def tokenise(
+    records: Sequence[Record], tokenizer: Any, settings: TokeniseSettings, roles: tuple[str, ...], facts: tuple[str, ...] = ()
+) -> tuple[TokenRows, Accounting]:
+    """Token rows with one branch per role (see `data/units.py` for what each role takes), and what happened to each.
+
+    Args:
+        records: what `load` gives.
+        tokenizer: a transformers tokenizer.
+        settings: limit, transcript style, what is learned.
+        roles: ('chosen', 'rejected'), ('gold',), ('sample', 'mismatched') for KTO, ('sample',) for lists, ….
+        facts: facts every reply must have; units without are dropped and counted.
+
+    Raises:
+        DataError: no unit is left, or the tokenizer cannot serve.
+        UsageError: an unknown role.
+    """
+    accounting = Accounting()
+    made = units(records, roles, facts, accounting)
+    encoder = Encoder(tokenizer, settings)
+    rows = [row for start in range(0, len(made), BATCH) for row in tokenise_units(made[start : start + BATCH], encoder, accounting)]
+    accounting.check()
+    if not rows:
+        raise DataError(f"No row is left after tokenising: {accounting.in_words()}.")
+    return TokenRows.of(rows), accounting
+
+
+def prompt_ids(messages: Sequence[Message], tokenizer: Any, settings: TokeniseSettings, room: int = 0) -> Ids:
+    """int32 [P]: the prompt exactly as training sees it, ending where the reply begins; shortened to max_length − room."""
+    return prompts_ids([messages], tokenizer, settings, room)[0]
+
+
+def prompts_ids(conversations: Sequence[Sequence[Message]], tokenizer: Any, settings: TokeniseSettings, room: int = 0) -> list[Ids]:
+    """`prompt_ids` of many prompts at once. Raises DataError for one the template refuses, or that cannot be shortened enough."""
+    encoder = Encoder(tokenizer, settings)
+    asked = [encoder.renderer.with_system(tuple(messages)) for messages in conversations]
+    result: list[Ids] = []
+    for number, (conversation, prompt) in enumerate(zip(asked, encoder.prompts(asked), strict=True), 1):
+        ids = None if prompt is None else prompt[1]
+        if ids is not None and len(ids) > settings.max_length - room:
+            ids = encoder.shorten([conversation], [settings.max_length - room])[0]
+        if ids is None:
+            reason = REFUSED if prompt is None else f"it does not fit into {settings.max_length - room} tokens"
+            raise DataError(f"Prompt {number} ({conversation[-1].content[:60]!r}) cannot be used: {reason}.")
+        result.append(np.asarray(ids, dtype=np.int32))
+    return result
+
+
+def tokenise_units(made: Sequence[Record], encoder: Encoder, accounting: Accounting) -> list[TokenRow]:
+    """Token rows of some units; every unit is counted in `accounting`."""
+    accounting.rows_in += len(made)
+    rows = []
+    for unit, prompt, replies in _fitted(list(_encoded(made, encoder, accounting)), encoder, accounting):
+        row = _row(unit, prompt, replies, encoder, accounting)
+        if row is not None:
+            rows.append(row)
+    accounting.kept += len(rows)
+    for what, count in encoder.renderer.notes.items():
+        accounting.note(what, count)
+    encoder.renderer.notes.clear()
+    return rows
+
+
+def _encoded(
+    made: Sequence[Record], encoder: Encoder, accounting: Accounting
+) -> Iterator[tuple[Record, tuple[Message, ...], list[int], list[list[int]]]]:
+    """(unit, conversation, prompt ids, reply ids) of each unit, in one batch; what the template refuses is counted."""
+    kept, conversations, texts, prompts = [], [], [], []
+    asked = [encoder.renderer.with_system(unit.prompt) for unit in made]
+    for unit, conversation, prompt in zip(made, asked, encoder.prompts(asked), strict=True):
+        if prompt is None:
+            accounting.drop(REFUSED, unit.id)
+            continue
+        kept.append(unit)
+        conversations.append(conversation)
+        texts.append(prompt[0])
+        prompts.append(prompt[1])
+    flat = [(index, reply.text) for index, unit in enumerate(kept) for reply in unit.replies]
+    ids = iter(encoder.replies([conversations[i] for i, _ in flat], [texts[i] for i, _ in flat], [text for _, text in flat]))
+    for unit, conversation, prompt_tokens in zip(kept, conversations, prompts, strict=True):
+        yield unit, conversation, prompt_tokens, [next(ids) for _ in unit.replies]
+
+
+def _fitted(
+    encoded: list[tuple[Record, tuple[Message, ...], list[int], list[list[int]]]], encoder: Encoder, accounting: Accounting
+) -> Iterator[tuple[Record, list[int], list[list[int]]]]:
+    """Every unit within max_length: oldest turns left out, overlong replies dropped or cut, all of it counted."""
+    settings = encoder.settings
+    limits = [settings.max_length - _added(prompt, encoder) for _, _, prompt, _ in encoded]
+    longest = [_longest(unit, replies) for unit, _, _, replies in encoded]
+    over = [at for at, (_, _, prompt, _) in enumerate(encoded) if len(prompt) + longest[at] > limits[at]]
+    shortened = dict(zip(over, encoder.shorten([encoded[at][1] for at in over], [limits[at] - longest[at] for at in over]), strict=True))
+    for at, (unit, conversation, prompt, replies) in enumerate(encoded):
+        short = shortened.get(at, prompt)
+        if short is None and settings.overlong_reply == "cut":
+            # The prompt gets up to half of the room, the reply what is left.
+            half = limits[at] // 2
+            short = prompt if len(prompt) <= half else encoder.shorten([conversation], [half])[0]
+        if short is None:
+            accounting.drop(OVER_LIMIT, unit.id)
+            continue
+        accounting.truncated_prompts += short != prompt
+        yield unit, short, _cut(unit, replies, limits[at] - len(short), accounting)
+
+
+def _longest(unit: Record, replies: list[list[int]]) -> int:
+    """Tokens of the longest reply of its own; a mismatched one never costs a row its prompt."""
+    return max(len(ids) for reply, ids in zip(unit.replies, replies, strict=True) if reply.role != "mismatched")
+
+
+def _cut(unit: Record, replies: list[list[int]], room: int, accounting: Accounting) -> list[list[int]]:
+    result = []
+    for reply, ids in zip(unit.replies, replies, strict=True):
+        if len(ids) > room:
+            ids = ids[:room]
+            if reply.role == "mismatched":
+                accounting.note(MISMATCHED_CUT)
+            else:
+                accounting.replies_cut += 1
+        result.append(ids)
+    return result
+
+
+def _added(prompt: list[int], encoder: Encoder) -> int:
+    """Tokens all-token learning adds in front: one where the prompt does not begin with the start token itself."""
+    return int(encoder.settings.learn == "all" and prompt[0] != encoder.start)
+
+
+def _row(unit: Record, prompt: list[int], replies: list[list[int]], encoder: Encoder, accounting: Accounting) -> TokenRow | None:
+    """The token row of one unit, or None (counted) where chosen and rejected became the same tokens."""
+    by_role = {reply.role: ids for reply, ids in zip(unit.replies, replies, strict=True)}
+    if "chosen" in by_role and by_role["chosen"] == by_role.get("rejected"):
+        accounting.made_identical += 1
+        accounting.drop(IDENTICAL, unit.id)
+        return None
+    if encoder.settings.learn == "all":
+        front = prompt[1:] if prompt[0] == encoder.start else prompt
+        prompt, replies = [encoder.start], [front + ids for ids in replies]
+    branches = []
+    for reply, ids in zip(unit.replies, replies, strict=True):
+        if reply.role != "mismatched" and encoder.style != "pair":
+            accounting.eos_lost += ids[-1] not in encoder.ends
+        # The label belongs to the unit, so the mismatched branch carries it too; nothing else is known of that pairing.
+        facts = facts_of(reply) if reply.role != "mismatched" else facts_of(Reply("", "mismatched", label=unit.replies[0].label))
+        array = np.asarray(ids, dtype=np.int32)
+        branches.append(Branch(reply.role, array, {"learn": np.ones(len(array), dtype=bool)}, facts))
+    return TokenRow(unit.id, np.asarray(prompt, dtype=np.int32), tuple(branches))
