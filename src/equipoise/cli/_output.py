@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="override a setting: key.path=value (repeatable)")]
@@ -27,7 +28,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     for column in columns:
         grid.add_column(column)
     for row in rows:
-        grid.add_row(*("" if cell is None else str(cell) for cell in row))
+        # As text, not markup: cells hold file names and data, and a bracket in them is no instruction.
+        grid.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
     Console().print(grid)
 
 

@@ -27,11 +27,12 @@ PEEKED = 20
 
 @dataclass(frozen=True)
 class Loaded:
-    """Records of a source, what happened to every row, and a fingerprint of the records' content."""
+    """Records of a source, what happened to every row, a fingerprint of the records' content, and the format they were in."""
 
     records: list[Record]
     accounting: Accounting
     fingerprint: str
+    format: str = ""
 
 
 def load(settings: DataSettings, dataset: Any = None) -> Loaded:
@@ -42,7 +43,7 @@ def load(settings: DataSettings, dataset: Any = None) -> Loaded:
         dataset: an in-memory `datasets.Dataset` or list of dicts; then `dataset_name` is not looked at.
 
     Raises:
-        DataError: nothing to read, unreadable, or no row left (with the reasons).
+        DataError: nothing to read, unreadable, or no row left (with the reasons). A part of the split may be empty.
         UsageError: a setting names something that is not there.
     """
     accounting = Accounting()
@@ -52,6 +53,7 @@ def load(settings: DataSettings, dataset: Any = None) -> Loaded:
         raise DataError(f"{_name(settings, dataset)} holds no rows.")
     module = source(STARTER if _is_starter(settings, dataset) else settings.format, first)
     records = mixture.unique_ids(module.records(chain(first, rows), settings, accounting), accounting)
+    readable = bool(records)
     records = mixture.keep_part(records, settings.part, settings.split_fractions, settings.split_seed, accounting)
     others = {name: other_prompts(name) for name in settings.exclude_prompts}
     records = mixture.exclude(records, others, settings.exclude_near, accounting)
@@ -60,9 +62,9 @@ def load(settings: DataSettings, dataset: Any = None) -> Loaded:
     records = [_with_system(record, settings.system_prompt) for record in records[: settings.max_rows]]
     accounting.kept = len(records)
     accounting.check()
-    if not records:
+    if not records and (settings.part == "all" or not readable):
         raise DataError(f"{_name(settings, dataset)}: no row is left; {accounting.in_words()}.")
-    return Loaded(records, accounting, records_fingerprint(records))
+    return Loaded(records, accounting, records_fingerprint(records), str(module.__name__).rsplit(".", 1)[-1])
 
 
 def mix(parts: Mapping[str, Loaded]) -> Loaded:
@@ -72,7 +74,8 @@ def mix(parts: Mapping[str, Loaded]) -> Loaded:
     for name, loaded in parts.items():
         accounting.add(loaded.accounting)
         records += [replace(record, id=f"{name}/{record.id}") for record in loaded.records]
-    return Loaded(records, accounting.check(), records_fingerprint(records))
+    formats = {loaded.format for loaded in parts.values()}
+    return Loaded(records, accounting.check(), records_fingerprint(records), " + ".join(sorted(formats)))
 
 
 def source_fingerprint(settings: DataSettings, dataset: Any = None) -> dict[str, str]:

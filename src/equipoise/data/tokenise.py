@@ -36,18 +36,18 @@ def tokenise(
         roles: ('chosen', 'rejected'), ('gold',), ('sample', 'mismatched') for KTO, ('sample',) for lists, ….
         facts: facts every reply must have; units without are dropped and counted.
 
+    Returns:
+        The rows (none where every unit was dropped: the accounting says why) and the accounting.
+
     Raises:
-        DataError: no unit is left, or the tokenizer cannot serve.
+        DataError: no record has these roles, or the tokenizer cannot serve.
         UsageError: an unknown role.
     """
     accounting = Accounting()
     made = units(records, roles, facts, accounting)
     encoder = Encoder(tokenizer, settings)
     rows = [row for start in range(0, len(made), BATCH) for row in tokenise_units(made[start : start + BATCH], encoder, accounting)]
-    accounting.check()
-    if not rows:
-        raise DataError(f"No row is left after tokenising: {accounting.in_words()}.")
-    return TokenRows.of(rows), accounting
+    return TokenRows.of(rows), accounting.check()
 
 
 def prompt_ids(messages: Sequence[Message], tokenizer: Any, settings: TokeniseSettings, room: int = 0) -> Ids:

@@ -46,6 +46,7 @@ class Excluded(Exception):  # noqa: N818 (not an error: a row that is counted an
 class Source(Protocol):
     """A module of this folder."""
 
+    __name__: str
     COLUMNS: tuple[frozenset[str], ...]
 
     def matches(self, columns: set[str], sample: Mapping[str, Any]) -> bool:
