@@ -1,0 +1,97 @@
+"""`equipoise train`: one training stage from a YAML file and `--set`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from equipoise.cli._output import Config, Json, Overwrite, Set, emit_json, line, table
+
+if TYPE_CHECKING:
+    from equipoise.objectives._base import Objective
+    from equipoise.training.settings import TrainSettings
+
+OutputDir = Annotated[str | None, typer.Option("--output-dir", help="stage folder (default: runs/train)")]
+
+
+def run(
+    config: Config = None,
+    overrides: Set = None,
+    output_dir: OutputDir = None,
+    plan: Annotated[bool, typer.Option("--plan", help="print rows, tokens, steps and estimated time, and train nothing")] = False,
+    objective_file: Annotated[str | None, typer.Option("--objective-file", help="a Python file with your own objective")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model on your data: SFT, DPO, KTO, a reward model, or your own loss.
+
+    Example: equipoise train --set model_name_or_path=smollm2-135m-instruct --set streams.0.objective.name=sft
+    """
+    from equipoise.core.settings import read_yaml
+    from equipoise.training.settings import StreamSettings, TrainSettings
+
+    values: dict[str, Any] = read_yaml(config) if config else {}
+    if "streams" not in values:
+        # So that --set streams.0.… has a first stream to change.
+        values["streams"] = [StreamSettings().resolved() | {"data": {}}]
+    if output_dir is not None:
+        values["output_dir"] = output_dir
+    settings = TrainSettings.make(values, overrides or (), config or "")
+    objective = _objective(objective_file)
+    if plan:
+        _show(planned(settings, objective), as_json)
+        return
+    from equipoise.training.fit import fit
+
+    done = fit(settings, objective=objective, overwrite=overwrite)
+    if as_json:
+        emit_json({"folder": str(done.folder), "skipped": done.skipped, "seconds": round(done.seconds, 1), "results": dict(done.results)})
+        return
+    line(f"{'was already done' if done.skipped else f'done in {done.seconds:.0f} s'}: {done.folder}")
+
+
+def planned(settings: TrainSettings, objective: Objective | None = None) -> dict[str, Any]:
+    """What a training stage would do: rows and tokens of every stream, steps, FLOPs, and seconds on this machine."""
+    from equipoise.models.load import load_tokenizer
+    from equipoise.objectives._load import build
+    from equipoise.study import _cost
+    from equipoise.training._rows import make_streams
+
+    objectives = [build(stream.objective) for stream in settings.streams]
+    if objective is not None:
+        objectives[0] = objective
+    train, _ = make_streams(settings, objectives, load_tokenizer(settings.model_name_or_path), None, None)
+    batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    rows = [len(given.rows) for given in train]
+    units = float(settings.max_steps * batch) if settings.max_steps > 0 else rows[0] * settings.num_train_epochs
+    steps = settings.max_steps if settings.max_steps > 0 else round(-(-rows[0] // batch) * settings.num_train_epochs)
+    head = objectives[0].needs.readout == "logps"
+    parameters = _cost.parameters_of(settings.model_name_or_path, head=head) or 0
+    streams, flops = [], 0.0
+    for stream, given, method in zip(settings.streams, train, objectives, strict=True):
+        tokens = units * sum(row.tokens for row in given.rows) / len(given.rows)
+        flops += _cost.train_flops(parameters, tokens, settings.use_peft, method.needs.reference != "none")
+        streams.append({"name": stream.name, "objective": dict(stream.objective), "rows": len(given.rows), "tokens": round(tokens)})
+    peak = _cost.measure().peak("bfloat16" if settings.bf16 else settings.dtype)
+    seconds = _cost.LOAD_SECONDS + flops / (peak * _cost.TRAIN_SHARE)
+    return {"streams": streams, "steps": steps, "flops": flops, "seconds": round(seconds, 1)}
+
+
+def _objective(path: str | None) -> Objective | None:
+    if path is None:
+        return None
+    from equipoise.objectives._load import class_from_file
+
+    return class_from_file(path)()
+
+
+def _show(plan: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        emit_json(plan)
+        return
+    from equipoise.study._cost import readable
+
+    rows = [(stream["name"], stream["objective"].get("name"), stream["rows"], f"{stream['tokens']:,}") for stream in plan["streams"]]
+    table("Streams", ("stream", "objective", "rows", "tokens"), rows)
+    line(f"{plan['steps']} steps, {plan['flops']:.3g} FLOPs, about {readable(plan['seconds'])}")

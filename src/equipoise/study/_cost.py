@@ -1,0 +1,129 @@
+"""How long things take: a stated, simple cost model on a measured matrix product.
+
+FLOPs: a forward pass costs 2 a parameter and token, a backward 4 (Kaplan et al. 2020, "Scaling Laws for Neural Language
+Models", §2.1, without the attention's own term); a LoRA backward leaves out the frozen weights' gradients, so 2.
+The shares of the measured matrix peak that each kind of work reaches were measured with SmolLM2-135M on two cores; they
+are rough elsewhere, and a run corrects its estimate by what its own stages took.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from equipoise.core import assets
+from equipoise.core.files import read_json
+
+TRAIN_SHARE = 0.45
+"""Share of the matrix peak a training step reaches."""
+FORWARD_SHARE = 0.5
+"""Share of the matrix peak a forward pass reaches."""
+GENERATE_SHARE = 0.22
+"""Share of the matrix peak that batched token-by-token generation reaches."""
+LOAD_SECONDS = 6.0
+"""Seconds to load a model and start a stage, whatever it does."""
+_SIZE = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([MmBb])(?![A-Za-z0-9])")
+_MINILM = 10_700_000  # without its embeddings
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Measured matrix products, in FLOPs a second."""
+
+    device: str
+    float32: float
+    bfloat16: float
+
+    def peak(self, dtype: str) -> float:
+        """FLOPs a second in this dtype."""
+        return self.bfloat16 if dtype == "bfloat16" else self.float32
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for the lock file."""
+        return asdict(self)
+
+
+def measure(size: int = 1024, seconds: float = 0.25) -> Machine:
+    """Time a square matrix product of `size` for about `seconds` in each dtype, on the GPU where there is one."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        size *= 8
+
+    def rate(dtype: torch.dtype) -> float:
+        left = torch.ones(size, size, dtype=dtype, device=device)
+
+        def once() -> None:
+            left @ left
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        # The fastest of several: what else runs on the machine right now is not part of its speed.
+        best, end = float("inf"), time.perf_counter() + seconds
+        while time.perf_counter() < end or best == float("inf"):
+            start = time.perf_counter()
+            once()
+            best = min(best, time.perf_counter() - start)
+        return 2.0 * size**3 / best
+
+    return Machine(device, rate(torch.float32), rate(torch.bfloat16))
+
+
+def parameters_of(name: str, expected: Mapping[str, float] | None = None, head: bool = True) -> int | None:
+    """Weights of a model that take part in matrix products; None where nothing is known of it.
+
+    Counted where its config is at hand (input embeddings are looked up, so they do not count; with `head`, a language
+    model's output layer does); else as `expected`, or read off its name (`opt-350m`).
+    """
+    folder = local_folder(name)
+    if folder is None:
+        if expected and name in expected:
+            return int(expected[name])
+        found = _SIZE.search(name)
+        if found:
+            return int(float(found.group(1)) * (1e9 if found.group(2) in "bB" else 1e6))
+        return _MINILM if "minilm-l6" in name.lower() else None
+    if (folder / "adapter_config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        return parameters_of(str(base), expected, head) if base else None
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+    embedding = model.get_input_embeddings().weight
+    return sum(parameter.numel() for parameter in model.parameters()) - (0 if head else embedding.numel())
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder of a model that needs no download, or None."""
+    folder = assets.ready_folder(name) if name in assets.ASSETS else Path(name).expanduser()
+    if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+        return folder
+    if name in assets.ASSETS and (assets.raw_folder(name) / "config.json").is_file() and not assets.ASSETS[name].gguf:
+        return assets.raw_folder(name)
+    return None
+
+
+def train_flops(parameters: int, tokens: float, lora: bool, reference: bool) -> float:
+    """FLOPs of training on `tokens` unique tokens (each pass counted), with a forward of the reference where it is needed."""
+    return parameters * tokens * ((4 if lora else 6) + (2 if reference else 0))
+
+
+def forward_flops(parameters: int, tokens: float) -> float:
+    """FLOPs of one forward pass, also of generating `tokens` one by one."""
+    return 2.0 * parameters * tokens
+
+
+def readable(seconds: float | None) -> str:
+    """'45 s', '7 min', '2.5 h', or 'unknown'."""
+    if seconds is None:
+        return "unknown"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

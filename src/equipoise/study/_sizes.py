@@ -1,0 +1,163 @@
+"""How much a study reads: rows and tokens, counted on the real data where it is at hand, else as the study expects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from equipoise.core.records import Record
+from equipoise.data.load import load
+from equipoise.data.settings import DataSettings
+from equipoise.data.tokenise import tokenise
+from equipoise.generation._base import Prompt
+from equipoise.study._cost import local_folder
+from equipoise.study._graph import Node
+from equipoise.study._prompts import is_at_hand, study_prompts
+from equipoise.study.settings import StudySettings
+from equipoise.training.settings import TrainSettings
+
+CHARACTERS_A_TOKEN = 4.2
+"""English text under the usual byte-pair vocabularies; used where the tokenizer is not at hand."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Rows of a data block and the unique tokens of one pass over them; counted, or expected."""
+
+    rows: int
+    tokens: float
+    counted: bool
+
+
+@dataclass(frozen=True)
+class AxisSizes:
+    """Prompts of one axis and their tokens."""
+
+    prompts: int
+    tokens: float
+
+
+class Sizer:
+    """Counts what a study reads, each combination of data, tokenizer and method once. `notes` says what was assumed."""
+
+    def __init__(self, settings: StudySettings) -> None:
+        self.settings = settings
+        self.notes: list[str] = []
+        self._records: dict[str, list[Record] | None] = {}
+        self._sizes: dict[tuple[Any, ...], Sizes | None] = {}
+        self._tokenizers: dict[str, Any] = {}
+
+    def recipe(self, node: Node) -> TrainSettings:
+        """The training settings of a stage, without its data. Raises UsageError naming the stage."""
+        model = self.settings.judge.model_name_or_path if node.judge else self.settings.model_name_or_path
+        return TrainSettings.make({"model_name_or_path": model, "seed": node.seed, **node.training}, source=f"stage {node.name}")
+
+    def needs_reference(self, objective: Mapping[str, Any]) -> bool:
+        """Whether a method reads reference log-probs. Raises UsageError for hyper-parameters that cannot be."""
+        from equipoise.objectives._load import build
+
+        return build(objective).needs.reference != "none"
+
+    def block(self, blocks: Sequence[str], node: Node, objective: Mapping[str, Any]) -> Sizes | None:
+        """Size of some data blocks together under a stage's tokenizer and method; None where nothing is known of one."""
+        parts = [self._one(block, node, objective) for block in blocks]
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts):
+            return None
+        return Sizes(sum(part.rows for part in known), sum(part.tokens for part in known), all(part.counted for part in known))
+
+    def axes(self, prompts: Sequence[Prompt] | None) -> dict[str, AxisSizes]:
+        """Prompts and their tokens for each axis; sources that are not at hand count with their limit."""
+        sources = self.settings.evaluation.prompts
+        missing = [source for source in sources if not is_at_hand(source, self.settings.data)]
+        if prompts is None and not missing:
+            prompts = study_prompts(self.settings)
+        found: dict[str, AxisSizes] = {}
+        for prompt in prompts or ():
+            tokens = sum(len(message.content) for message in prompt.messages) / CHARACTERS_A_TOKEN + 8
+            before = found.get(prompt.axis, AxisSizes(0, 0.0))
+            found[prompt.axis] = AxisSizes(before.prompts + 1, before.tokens + tokens)
+        if prompts is None:
+            for source in sources:
+                name = source.source or source.data
+                self._note(f"The evaluation prompts of {name} are not all here: time and detectable differences count {source.limit or 0}.")
+                for axis in source.axes or ((source.axis,) if source.axis else ()):
+                    before = found.get(axis, AxisSizes(0, 0.0))
+                    found[axis] = AxisSizes(before.prompts + source.limit, before.tokens + 40.0 * source.limit)
+        return found
+
+    def _one(self, block: str, node: Node, objective: Mapping[str, Any]) -> Sizes | None:
+        recipe = self.recipe(node)
+        key = (block, recipe.model_name_or_path, recipe.tokenise.model_dump_json(), str(dict(objective)))
+        if key not in self._sizes:
+            self._sizes[key] = self._measure(block, recipe, objective)
+        return self._sizes[key]
+
+    def _measure(self, block: str, recipe: TrainSettings, objective: Mapping[str, Any]) -> Sizes | None:
+        from equipoise.objectives._load import build
+
+        needs = build(objective).needs
+        records = self._load(block)
+        if records is None:
+            expected = self.settings.expected.get(block)
+            if expected is None:
+                self._note(f"The data block {block!r} is not here, and `expected` says nothing of it: its size is not known.")
+                return None
+            self._note(f"The data block {block!r} is not here: {expected.rows} rows are assumed, as the study says.")
+            return Sizes(expected.rows, expected.rows * expected.tokens_per_row, counted=False)
+        if local_folder(recipe.model_name_or_path) is None:
+            self._note(f"The tokenizer of {recipe.model_name_or_path} is not here: tokens are estimated from characters.")
+            return Sizes(len(records), sum(_characters(record, needs.roles) for record in records) / CHARACTERS_A_TOKEN, counted=False)
+        rows, _ = tokenise(records, self._tokenizer(recipe.model_name_or_path), recipe.tokenise, needs.roles, needs.facts)
+        return Sizes(len(rows), float(sum(prompt + sum(replies) for prompt, replies in rows.lengths())), counted=True)
+
+    def _load(self, block: str) -> list[Record] | None:
+        if block not in self._records:
+            settings = self.settings.data[block]
+            self._records[block] = load(settings).records if _at_hand(settings) else None
+        return self._records[block]
+
+    def _tokenizer(self, name: str) -> Any:
+        if name not in self._tokenizers:
+            from equipoise.models.load import load_tokenizer
+
+            self._tokenizers[name] = load_tokenizer(name)
+        return self._tokenizers[name]
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def _at_hand(block: DataSettings) -> bool:
+    names = [block.dataset_name, *block.exclude_prompts]
+    return all(name.split(":")[0] == "starter" or Path(name).expanduser().exists() for name in names)
+
+
+def _characters(record: Record, roles: Sequence[str]) -> int:
+    """Characters of a record's prompt and of the replies a method reads (`gold` falls back to `chosen`)."""
+    wanted = {role: record.reply(role) or (record.reply("chosen") if role == "gold" else None) for role in roles}
+    return sum(len(message.content) for message in record.prompt) + sum(len(reply.text) for reply in wanted.values() if reply)
+
+
+def detectable_differences(settings: StudySettings, prompts: Mapping[str, int]) -> list[dict[str, Any]]:
+    """The smallest difference each primary contrast can see with 80 % power, two-sided 5 %, before anything is run.
+
+    Means are in standard deviations of the per-prompt difference, which nobody knows beforehand; rates in percentage points,
+    assuming that two arms differ on half of the prompts.
+    """
+    from equipoise.evaluation.metrics._base import load as load_metric
+    from equipoise.evaluation.power import detectable_mean, detectable_rate
+
+    rows: list[dict[str, Any]] = []
+    for contrast in settings.primary:
+        metric = load_metric(contrast.metric)
+        n = sum(prompts.get(axis, 0) for axis in {axis for part in metric.parts for axis in part.axes})
+        rate = metric.kind == "rate"
+        difference = (detectable_rate(n) if rate else detectable_mean(n)) if n else None
+        shown = None if difference is None else metric.scale * difference
+        unit = metric.difference_unit if rate else "standard deviations of the difference"
+        rows.append({"a": contrast.a, "b": contrast.b, "metric": contrast.metric, "n": n, "difference": shown, "unit": unit})
+    return rows
