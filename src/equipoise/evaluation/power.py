@@ -8,12 +8,16 @@ approximation for a given standard deviation of the per-prompt difference. Diffe
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from scipy.special import ndtri
 from scipy.stats import binom
 
 from equipoise.core.errors import UsageError
+from equipoise.evaluation.intervals import rounded
+from equipoise.evaluation.metrics._base import Metric, metrics
 
 DISCORDANCE = 0.5
 """Assumed before a run: two models whose 0-or-1 verdicts on a prompt are unrelated coin flips differ on half of the prompts."""
@@ -84,6 +88,49 @@ def needed_mean(difference: float, deviation: float, alpha: float = 0.05, power:
     if difference == 0:
         return None
     return max(2, math.ceil((_quantiles(alpha, power) * deviation / difference) ** 2))
+
+
+def detectable(
+    name: str, metric: Metric, counts: Mapping[str, int], alpha: float = 0.05, power: float = 0.8, noise: Mapping[str, float] | None = None
+) -> dict[str, Any] | None:
+    """One entry of `detectable`: the smallest difference of a metric that `counts` (axis → prompts) can show, and what that assumes.
+
+    noise: `noise` and `discordance` as `comparisons.median_noise` finds them after a run. Without it (before a run) rates are
+    taken to differ on half of the prompts, and means are given in standard deviations of the per-prompt difference.
+    None where the prompts are too few for any difference.
+    """
+    sizes = [sum(counts.get(axis, 0) for axis in part.axes) for part in metric.parts]
+    if min(sizes) < 2:
+        return None
+    found, n = dict(noise or {}), sum(sizes)
+    unit = metric.difference_unit
+    if metric.kind == "rate" and len(sizes) == 1 and (not found or "discordance" in found):
+        discordance = found.get("discordance", DISCORDANCE)
+        fraction = detectable_rate(n, discordance, alpha, power)
+        difference = None if fraction is None else 100 * fraction
+        assumes = f"{'assumed' if not found else 'as found,'} the models differ on {100 * discordance:.0f} % of the prompts"
+    elif "noise" in found:
+        difference = detectable_mean(n, found["noise"], alpha, power)
+        assumes = f"as found, a standard deviation of {found['noise']:.3g} a prompt"
+    elif metric.kind == "rate":
+        spread = math.sqrt(sum(part.weight**2 * DISCORDANCE / size for part, size in zip(metric.parts, sizes, strict=True)))
+        difference = 100 * _quantiles(alpha, power) * spread
+        assumes = f"assumed the models differ on {100 * DISCORDANCE:.0f} % of the prompts of each sample"
+    else:
+        difference, unit = detectable_mean(n, 1.0, alpha, power), "standard deviations"
+        assumes = "in standard deviations of the per-prompt difference, which is not known before"
+    if difference is None:
+        return None
+    return {"metric": name, "title": metric.title, "n": n, "difference": rounded(difference, 4), "unit": unit, "assumes": assumes}
+
+
+def detectable_differences(
+    counts: Mapping[str, int], alpha: float = 0.05, power: float = 0.8, names: Iterable[str] | None = None
+) -> list[dict[str, Any]]:
+    """What metrics could show, before anything is run. counts: axis (helpful, harmful, benign) → prompts; names: None is all."""
+    asked = set(metrics()) if names is None else set(names)
+    rows = [detectable(name, metric, counts, alpha, power) for name, metric in metrics().items() if name in asked]
+    return [row for row in rows if row is not None]
 
 
 def _quantiles(alpha: float, power: float) -> float:
