@@ -70,9 +70,8 @@ def show(evaluation: Mapping[str, Any]) -> None:
         if metric["flagged"]:
             line(f"⚑ {metric['title']}: {metric['flag_reason']}.")
     for entry in evaluation["detectable"]:
-        line(
-            f"smallest detectable difference, {entry['title']}: {entry['difference']:.3g} {entry['unit']} (n = {entry['n']}; {entry['assumes']})"
-        )
+        size = f"{entry['difference']:.3g} {entry['unit']}"
+        line(f"smallest detectable difference, {entry['title']}: {size} (n = {entry['n']}; {entry['assumes']})")
     for warning in evaluation["warnings"]:
         line(f"warning: {warning}")
     if evaluation["headline"] is None:
@@ -86,7 +85,9 @@ def _comparisons(rows: list[dict[str, Any]], metrics: Mapping[str, Any]) -> None
             (
                 f"{row['a']} − {row['b']}",
                 metrics.get(row["metric"], {}).get("title", row["metric"]),
-                f"{_estimate(row | {'value': row['difference']}, signed=True)} {row['unit']}" if row["difference"] is not None else "–",
+                f"{_estimate(row | {'value': row['difference']}, signed=True)} {row['unit'].replace('percentage points', 'points')}"
+                if row["difference"] is not None
+                else "–",
                 *("" if row[key] is None else f"{row[key]:.2g}" for key in ("p", "p_holm")),
                 "" if row["prob_a_better"] is None else f"{row['prob_a_better']['value']:.2f}",
                 row["verdict"],

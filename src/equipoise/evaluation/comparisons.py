@@ -57,9 +57,7 @@ class Comparison:
             **{name: rounded(getattr(self, name), 9 if name.startswith("p") else 6) for name in figures},
             "per_seed": [rounded(value) for value in self.by_seed],
             **{name: getattr(self, name) for name in ("test", "verdict", "reason", "n_needed")},
-            "prob_a_better": None
-            if better is None
-            else {"value": rounded(better.value), "low": rounded(better.low), "high": rounded(better.high)},
+            "prob_a_better": better and {name: rounded(getattr(better, name)) for name in ("value", "low", "high")},
         }
 
 
@@ -138,7 +136,7 @@ def _interval(
     if metric.kind == "rate" and (len(samples) == 1 or constant):
         return *bonett_price(samples, weights, settings.confidence), "Bonett-Price interval"
     low, high = bootstrap(samples, weights, settings.confidence, settings.resamples, settings.seed) or (None, None)
-    return low, high, f"{'stratified ' if len(samples) > 1 else ''}paired bootstrap interval (BCa)"
+    return low, high, f"{'stratified ' if len(samples) > 1 else ''}paired bootstrap (BCa)"
 
 
 def _test(
@@ -149,7 +147,7 @@ def _test(
         wins, losses = int((samples[0] > 0).sum()), int((samples[0] < 0).sum())
         return mcnemar(wins, losses), f"exact McNemar ({wins} to {losses})", (wins + losses) / len(samples[0])
     p, exact = sign_flip(samples, weights, settings.flips, settings.seed)
-    return p, "paired sign-flip, all patterns" if exact else f"paired sign-flip, {settings.flips:,} draws", None
+    return p, "sign-flip (all patterns)" if exact else f"sign-flip ({settings.flips:,} draws)", None
 
 
 def _by_seed(

@@ -8,7 +8,7 @@ from equipoise.evaluation.metrics._base import ROLES, ROOM, Metric, metrics
 
 _ROLES = {
     "headline": "What a result is stated in.",
-    "reproduction": "As arXiv 2509.09055 defines them, for comparison with its figures. They hang on a threshold; see the sweep beside them.",
+    "reproduction": "As arXiv 2509.09055 defines them, for comparison with its figures. They hang on a threshold: read the sweep.",
     "diagnostic": "What else may explain a difference.",
 }
 _NULLS = """## Null policies

@@ -29,6 +29,7 @@ from equipoise.evaluation.settings import Contrast, EvaluateSettings, PassSettin
 FILES = {"harmful": "harmfulness_classification.json", "helpful": "helpfulness_classification.json"}
 LABELS = {"harmful": ("harmful", "harmless"), "helpful": ("unhelpful", "helpful")}
 COLUMNS = ("model", "prompt", "response", "rating", "label")
+METRICS = ("hmr", "hpr", "cas", "reward_harmful", "reward_helpful")
 CLAIMED_BEST, BASELINE = "sft_dpo", "base"
 
 Row = dict[str, Any]
@@ -80,14 +81,15 @@ def read(settings: EvaluateSettings) -> Source:
         primary=_primary(list(models)),
         judge={"name": f"OpenAssistant/{THRESHOLD_JUDGE}", "weights": None, "held_out": None},
         warnings=(*_label_warnings(agreement), *_empty_warnings(empty, reproduction)),
-        metrics=("hmr", "hpr", "cas", "reward_harmful", "reward_helpful"),
+        metrics=METRICS,
         extra={"labels": agreement, "empty_replies": empty},
     )
 
 
 def shape(evaluation: dict[str, Any]) -> dict[str, Any]:
     """Metrics directly under each model, as `{"models": {NAME: {"hmr": {…}, "hpr": {…}, "cas": {…}}}}`."""
-    return evaluation | {"models": {name: entry["estimates"] for name, entry in evaluation["models"].items()}}
+    estimates = {name: entry["estimates"] for name, entry in evaluation["models"].items()}
+    return evaluation | {"models": {name: {key: row[key] for key in METRICS if key in row} for name, row in estimates.items()}}
 
 
 def _rows(path: Path, axis: str) -> list[Row]:
