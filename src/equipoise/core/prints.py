@@ -1,7 +1,8 @@
 """Fingerprints of prompts, without their text: which prompts of one set stand, exactly or nearly, in another.
 
 They travel with everything trained (`trained_on.npz`), so that a judge and a policy can be shown to be independent
-of the test prompts, and of each other, without shipping anybody's data.
+of the test prompts, and of each other, without shipping the data. They hold no text, but are no secret either: whoever
+hashes a dictionary can find the words of short prompts.
 
 *Exact* means equal after folding: Unicode NFKC, lower case, punctuation, white space and role markers
 (`Human:`, `Assistant:`, …) gone. *Near* means that at least the share `near` of the shorter text's word-3-grams stands
