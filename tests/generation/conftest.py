@@ -77,7 +77,7 @@ def make_model() -> Callable[..., Any]:
 @pytest.fixture
 def prompts() -> list[Prompt]:
     texts = ["Hi", "What is a fugue, and who wrote the best?", "Name a river.", "?", "Tell me of the sea at night.", "Why?", "Go on."]
-    return [Prompt(f"p{number}", (Message("user", text),)) for number, text in enumerate(texts)]
+    return [Prompt(f"p{number}", (Message("user", text),), "helpful") for number, text in enumerate(texts)]
 
 
 @pytest.fixture

@@ -32,6 +32,8 @@ class RoomyLayer(DynamicLayer):
     """A growing cache layer with spare room: a new token is written in place instead of copying all earlier ones."""
 
     _STEP = 64
+    keys: Any
+    values: Any
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append [N, heads, new, size] keys and values; return all of them so far, as views."""

@@ -1,4 +1,4 @@
-"""What the text generators share: prompts as tokens, the tokens that end a reply, stop texts, the fingerprint of a model."""
+"""What the text generators share: the tokens that end a reply, stop texts, the fingerprint of a model."""
 
 from __future__ import annotations
 
@@ -6,26 +6,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from equipoise.core.errors import DataError
 from equipoise.core.files import file_fingerprint
 from equipoise.data.settings import TokeniseSettings
-from equipoise.data.tokenise import prompt_ids
 from equipoise.data.transcripts import style_of
-from equipoise.generation._base import Prompt
 
 PLAIN_STOP = ("\n\nHuman:",)
 """What ends a reply of a model without a chat template: it starts to write the next human turn."""
-
-
-def prompt_tokens(prompt: Prompt, tokenizer: Any, settings: TokeniseSettings) -> NDArray[np.int32]:
-    """int32 [P], P ≥ 1. Raises DataError naming a prompt that has no token."""
-    ids = prompt_ids(prompt.messages, tokenizer, settings)
-    if len(ids) == 0:
-        raise DataError(f"Prompt {prompt.id!r} has no token under this tokenizer.")
-    return ids
 
 
 def stop_texts(asked: Sequence[str] | None, tokenizer: Any, settings: TokeniseSettings) -> tuple[str, ...]:

@@ -13,13 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from equipoise.core.errors import DataError
+from equipoise.core.errors import UsageError
 from equipoise.data.settings import TokeniseSettings
+from equipoise.data.tokenise import prompts_ids
 from equipoise.generation._base import Completion, Generator, GeneratorSettings, Prompt, Sampling, check_ids, stream
-from equipoise.generation._text import cut_at_stop, end_ids, model_inputs, prompt_tokens, stop_texts
+from equipoise.generation._text import cut_at_stop, end_ids, model_inputs, stop_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_NO_LIMIT = 2**31
 
 
 class LocalSettings(GeneratorSettings):
@@ -86,17 +89,17 @@ class LocalGenerator(Generator):
 
     @property
     def counts(self) -> dict[str, int]:
-        """What the stage reports besides: prompts whose oldest tokens were cut to fit the model's context."""
+        """What the stage reports besides: prompts that lost their oldest turns or tokens to the limit."""
         return {"prompts_cut": len(self._cut)}
 
     def batches(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[int]]:
         """Numbers of the prompts of each batch, longest first (what does not fit fails at once, not at the end)."""
-        return self._plan([len(self._ids(prompt, sampling)) for prompt in prompts], sampling)
+        return self._plan([len(ids) for ids in self._ids(prompts, sampling)], sampling)
 
     def __call__(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """One completion per prompt, in order."""
         check_ids(prompts)
-        ids = [self._ids(prompt, sampling) for prompt in prompts]
+        ids = self._ids(prompts, sampling)
         completions: dict[int, Completion] = {}
         for batch in self._plan([len(item) for item in ids], sampling):
             replies = self._batch([prompts[index] for index in batch], [ids[index] for index in batch], sampling)
@@ -137,16 +140,21 @@ class LocalGenerator(Generator):
             for prompt, reply in zip(prompts, replies, strict=True)
         ]
 
-    def _ids(self, prompt: Prompt, sampling: Sampling) -> NDArray[np.int32]:
-        ids = prompt_tokens(prompt, self._tokenizer, self._tokenise)
-        limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and len(ids) + sampling.max_new_tokens > limit:
-            room = limit - sampling.max_new_tokens
-            if room < 1:
-                raise DataError(f"max_new_tokens is {sampling.max_new_tokens}, but the model's context is {limit} tokens. Ask for fewer.")
-            self._cut.add(prompt.id)
-            ids = ids[-room:]
-        return ids
+    def _ids(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[NDArray[np.int32]]:
+        """Each prompt's tokens, its oldest turns left out where it and the reply exceed max_length or the model's context."""
+        context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or self._tokenise.max_length
+        limit = min(self._tokenise.max_length, context)
+        if sampling.max_new_tokens >= limit:
+            raise UsageError(f"max_new_tokens is {sampling.max_new_tokens}, but prompt and reply together have {limit} tokens.")
+        conversations = [prompt.messages for prompt in prompts]
+        whole = prompts_ids(conversations, self._tokenizer, self._tokenise.model_copy(update={"max_length": _NO_LIMIT}))
+        long = [index for index, ids in enumerate(whole) if len(ids) + sampling.max_new_tokens > limit]
+        settings = self._tokenise.model_copy(update={"max_length": limit})
+        cut = prompts_ids([conversations[index] for index in long], self._tokenizer, settings, room=sampling.max_new_tokens)
+        self._cut.update(prompts[index].id for index in long)
+        for index, ids in zip(long, cut, strict=True):
+            whole[index] = ids
+        return whole
 
     def _text(self, ids: Sequence[int]) -> str:
         """The reply as text: without special tokens, up to a stop text, without white space around it."""

@@ -9,9 +9,10 @@ from pydantic import Field
 
 from equipoise.core.errors import UsageError
 from equipoise.data.settings import TokeniseSettings
+from equipoise.data.tokenise import prompts_ids
 from equipoise.data.transcripts import style_of
 from equipoise.generation._base import Completion, Generator, GeneratorSettings, Prompt, Sampling, check_ids, stream
-from equipoise.generation._text import model_inputs, prompt_tokens, stop_texts, turn_end
+from equipoise.generation._text import model_inputs, stop_texts, turn_end
 
 
 class VllmSettings(GeneratorSettings):
@@ -63,7 +64,9 @@ class VllmGenerator(Generator):
     def __call__(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """One completion per prompt, in order; each has a seed of its own, as with the other generators."""
         check_ids(prompts)
-        inputs = [{"prompt_token_ids": prompt_tokens(prompt, self._tokenizer, self._settings.tokenise).tolist()} for prompt in prompts]
+        conversations = [prompt.messages for prompt in prompts]
+        ids = prompts_ids(conversations, self._tokenizer, self._settings.tokenise, room=sampling.max_new_tokens)
+        inputs = [{"prompt_token_ids": item.tolist()} for item in ids]
         outputs = self._engine.generate(inputs, [self._sampling(prompt, sampling) for prompt in prompts])
         return [
             Completion(

@@ -52,7 +52,8 @@ class LogRatios:
         return found
 
     def _row(self, completion: Completion) -> TokenRow:
-        return token_row(completion.id, prompt_ids(completion.prompt, self._tokenizer, self._tokenise), completion.token_ids)
+        prompt = prompt_ids(completion.prompt, self._tokenizer, self._tokenise, room=len(completion.token_ids))
+        return token_row(completion.id, prompt, completion.token_ids)
 
     def _sums(self, model: Any, rows: Sequence[TokenRow]) -> list[float]:
         import torch

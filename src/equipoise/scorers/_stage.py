@@ -16,7 +16,7 @@ from equipoise.core.runs import Run, run_stage
 from equipoise.core.settings import Settings
 from equipoise.generation._base import Completion
 from equipoise.generation._stage import read_completions
-from equipoise.scorers._base import Scorer, ScorerSettings, Verdict, chosen_scorer
+from equipoise.scorers._base import RULES, Scorer, ScorerSettings, Verdict, chosen_scorer
 
 VERDICTS = "verdicts.jsonl"
 _PARTIAL = "partial"
@@ -29,7 +29,7 @@ class ScoreSettings(Settings):
 
     completions: str = Field(description="a completions.jsonl file")
     scorers: tuple[Annotated[SerializeAsAny[ScorerSettings], BeforeValidator(chosen_scorer)], ...] = Field(
-        default=("invalid", "refusal", "length"),  # type: ignore[assignment]
+        default_factory=lambda: tuple(chosen_scorer(rule) for rule in RULES),
         min_length=1,
         description="who scores: {scorer: reward_model, model_name_or_path: …}, …; invalid, refusal and length by their names alone",
     )
