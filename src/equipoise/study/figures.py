@@ -1,6 +1,7 @@
 """The figures of a report, drawn by hand as SVG from the files of a study.
 
-Each figure is drawn at two widths, so that its text keeps its size on a phone: `WIDE` for a page, `NARROW` for a hand.
+Each figure is drawn at two widths, so that its text keeps its size on a phone: `WIDE` for a page (`HALF` for figures that
+stand two in a row), `NARROW` for a hand.
 Inside the page they take their colours from it; as files they carry their own, light and dark.
 """
 
@@ -13,8 +14,9 @@ from typing import Any
 from equipoise.study._report import curves, numbers, svg
 from equipoise.study._report.read import Arm, StudyFiles, listing, mapping
 from equipoise.study._report.svg import Box, Figure, Scale
+from equipoise.study._report.words import spoken_unit
 
-WIDE, NARROW = 720.0, 350.0
+WIDE, HALF, NARROW = 860.0, 500.0, 350.0
 HELPFUL, HARMLESS = ("reward_helpful", "hpr"), ("reward_harmful", "hmr")
 OVER_REFUSAL, UNSAFE = ("over_refusal",), ("unsafe_compliance",)
 
@@ -22,8 +24,8 @@ OVER_REFUSAL, UNSAFE = ("over_refusal",), ("unsafe_compliance",)
 def figures(files: StudyFiles, width: float) -> dict[str, Figure]:
     """Every figure the files allow, by name, in the order of the report."""
     drawn = {
-        "helpful_vs_harmless": _scatter(files, "helpful_vs_harmless", HELPFUL, HARMLESS, width),
-        "refusal_vs_compliance": _scatter(files, "refusal_vs_compliance", OVER_REFUSAL, UNSAFE, width),
+        "helpful_vs_harmless": _scatter(files, "helpful_vs_harmless", HELPFUL, HARMLESS, min(width, HALF)),
+        "refusal_vs_compliance": _scatter(files, "refusal_vs_compliance", OVER_REFUSAL, UNSAFE, min(width, HALF)),
         "threshold_sweep": _sweep(files, width),
         "training_curves": curves.training_curves(files, width),
     }
@@ -45,7 +47,7 @@ def outside(files: StudyFiles, x_metric: str, y_metric: str) -> list[Arm]:
         if arm.kind == "null" and point:
             for metric, value in zip((x_metric, y_metric), point, strict=True):
                 low, high = _extent(files, arms, metric)
-                if not low - 1.2 * (high - low) <= value <= high + 1.2 * (high - low) and arm not in far:
+                if not low - 0.6 * (high - low) <= value <= high + 0.6 * (high - low) and arm not in far:
                     far.append(arm)
     return far
 
@@ -67,9 +69,10 @@ def _extent(files: StudyFiles, arms: Sequence[Arm], metric: str) -> tuple[float,
 
 
 def _axis_title(metric: Mapping[str, Any], name: str) -> str:
-    """'Reward on helpful prompts, % (higher is better)'."""
-    unit, better = str(metric.get("unit") or ""), metric.get("better")
-    return f"{metric.get('title') or name}{', ' + unit if unit else ''}{f' ({better} is better)' if better in ('higher', 'lower') else ''}"
+    """'Over-refusal, % (lower is better)'."""
+    title, better = str(metric.get("title") or name), metric.get("better")
+    unit = spoken_unit(str(metric.get("unit") or ""), title)
+    return f"{title}{', ' + unit if unit else ''}{f' ({better} is better)' if better in ('higher', 'lower') else ''}"
 
 
 def _bounds(files: StudyFiles, shown: Sequence[Arm], metric: str) -> tuple[float, float]:
@@ -90,13 +93,15 @@ def _scatter(files: StudyFiles, name: str, x_names: Iterable[str], y_names: Iter
     if not shown:
         return None
     x_title, y_title = (_axis_title(files.metrics[metric], metric) for metric in (x_metric, y_metric))
-    figure = Figure(name, width, 470 if width > 500 else 390, f"{y_title} against {x_title}", _describe(files, shown, x_metric, y_metric))
+    figure = Figure(
+        name, width, 430 if width > NARROW else 390, f"{y_title} against {x_title}", _describe(files, shown, x_metric, y_metric)
+    )
     x = Scale(*_bounds(files, shown, x_metric), 50, width - 14)
     y = Scale(*_bounds(files, shown, y_metric), figure.height - 46, 34)
     letters = int(width / 6.3)
     figure.add(svg.text(2, 14, svg.shorten(f"↑ {y_title}", letters), "axis-title"))
     figure.add(svg.text(x.end, figure.height - 8, svg.shorten(f"{x_title} →", letters), "axis-title", "end"))
-    svg.axes(figure, x, y, (6 if width > 500 else 4, 6))
+    svg.axes(figure, x, y, (5, 6))
     taken = _marks(files, figure, shown, (x_metric, y_metric), x, y)
     _labels(files, figure, shown, (x_metric, y_metric), x, y, taken)
     return figure
@@ -168,13 +173,13 @@ def _sweep(files: StudyFiles, width: float) -> Figure | None:
     arms = [arm for arm in files.arms if any(arm.name in mapping(row.get("values")) for _, rows in panels for row in rows)]
     if not panels or not arms:
         return None
-    columns = 2 if width > 500 and len(panels) > 1 else 1
+    columns = 2 if width > NARROW and len(panels) > 1 else 1
     rows = -(-len(panels) // columns)
     words = "How the share of replies that pass changes with the threshold on the judge's reward."
     figure = Figure("threshold_sweep", width, 0, "Threshold sweep", words)
     entries = [(arm.slot, arm.colour + (" hollow" if arm.kind == "null" else ""), svg.shorten(arm.name, 24)) for arm in arms]
     top = svg.legend(figure, entries, 2, 14, width - 4) + 14
-    tall, wide = 270.0 if width > 500 else 220.0, (width - 28 * (columns - 1)) / columns
+    tall, wide = 300.0 if width > NARROW else 220.0, (width - 28 * (columns - 1)) / columns
     for number, (name, points) in enumerate(panels):
         left = (number % columns) * (wide + 28)
         _sweep_panel(files, figure, name, points, arms, (left, top + (number // columns) * tall, left + wide, 0))
@@ -190,7 +195,7 @@ def _sweep_panel(files: StudyFiles, figure: Figure, name: str, points: Sequence[
     """One metric's lines, null policies thin and dashed underneath, a marker here and there on each."""
     metric = files.metrics.get(name, {})
     left, top, right, _ = at
-    tall = 270.0 if figure.width > 500 else 220.0
+    tall = 300.0 if figure.width > NARROW else 220.0
     thresholds = sorted({float(point["threshold"]) for point in points})
     x = Scale(thresholds[0], thresholds[-1], left + 34, right - 8)
     y = Scale(0, 100, top + tall - 48, top + 18)
@@ -199,7 +204,9 @@ def _sweep_panel(files: StudyFiles, figure: Figure, name: str, points: Sequence[
     used = numbers.finite(metric.get("threshold"))
     if used is not None and x.holds(used):
         figure.add(svg.line(x(used), y.start, x(used), y.end, "zero"))
-    by_threshold = {at: [mapping(point.get("values")) for point in group] for at, group in groupby(points, lambda point: float(point["threshold"]))}
+    by_threshold = {
+        at: [mapping(point.get("values")) for point in group] for at, group in groupby(points, lambda point: float(point["threshold"]))
+    }
     for arm in sorted(arms, key=lambda arm: arm.kind != "null"):
         values = [(value, numbers.finite(by_threshold[value][0].get(arm.name))) for value in thresholds]
         line = [None if share is None else (x(value), y(min(max(share, 0), 100))) for value, share in values]

@@ -102,7 +102,10 @@ def _content(files: StudyFiles) -> dict[str, Any]:
 def _drawing(files: StudyFiles, name: str, wide: svg.Figure, narrow: svg.Figure) -> dict[str, Any]:
     """A figure with its heading and caption; null policies out of frame are named in the caption."""
     heading, caption = _CAPTIONS[name]
-    axes = {"helpful_vs_harmless": (figures.HELPFUL, figures.HARMLESS), "refusal_vs_compliance": (figures.OVER_REFUSAL, figures.UNSAFE)}.get(name)
+    axes = {
+        "helpful_vs_harmless": (figures.HELPFUL, figures.HARMLESS),
+        "refusal_vs_compliance": (figures.OVER_REFUSAL, figures.UNSAFE),
+    }.get(name)
     if axes:
         metrics = [figures.first_present(files, axis) or "" for axis in axes]
         far = [f"{arm.name} ({', '.join(_value(files, arm, metric) for metric in metrics)})" for arm in figures.outside(files, *metrics)]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from equipoise.study._report import numbers
 from equipoise.study._report.numbers import MISSING
 from equipoise.study._report.read import Arm, Stage, StudyFiles, flatten, listing, mapping
+from equipoise.study._report.words import spoken_unit
 from equipoise.study.figures import interval_glyph
 
 VERDICTS = ("real", "equivalent", "undecided")
@@ -85,11 +86,12 @@ def metric_table(files: StudyFiles, role: str, caption: str) -> Table | None:
 
 def _metric_column(name: str, metric: Mapping[str, Any], totals: set[Any]) -> Column:
     better = metric.get("better")
-    parts = [str(metric.get("unit") or ""), f"{better} is better" if better in ("higher", "lower") else ""]
+    title = str(metric.get("title") or name)
+    parts = [spoken_unit(str(metric.get("unit") or ""), title), f"{better}\u00a0is\u00a0better" if better in ("higher", "lower") else ""]
     if len(totals) == 1 and numbers.finite(next(iter(totals))) is not None:
-        parts.append(f"n = {numbers.count(next(iter(totals)))}")
+        parts.append(f"n\u00a0=\u00a0{numbers.count(next(iter(totals)))}")
     flag = (str(metric.get("flag_reason") or "") or "flagged by the evaluation") if metric.get("flagged") else ""
-    return Column(str(metric.get("title") or name), ", ".join(part for part in parts if part), flag)
+    return Column(title, ", ".join(part for part in parts if part), flag)
 
 
 def _estimate_cell(estimate: Mapping[str, Any], metric: Mapping[str, Any], show_n: bool) -> Cell:
@@ -102,7 +104,9 @@ def _estimate_cell(estimate: Mapping[str, Any], metric: Mapping[str, Any], show_
         detail.append(f"n = {numbers.count(estimate['n'])}")
     if numbers.finite(estimate.get("missing")):
         detail.append(f"{numbers.count(estimate['missing'])} missing")
-    return Cell(numbers.plain(estimate.get("value"), unit), tuple(words for words in detail if words), numbers.finite(estimate.get("value")))
+    return Cell(
+        numbers.plain(estimate.get("value"), unit), tuple(words for words in detail if words), numbers.finite(estimate.get("value"))
+    )
 
 
 def _seeds(files: StudyFiles, arm: Arm) -> str:
@@ -113,7 +117,7 @@ def _seeds(files: StudyFiles, arm: Arm) -> str:
 
 
 def contrast_table(files: StudyFiles) -> Table | None:
-    """Every comparison: the difference drawn and written, p and Holm's p, margin, what was detectable, the verdict as a badge."""
+    """Every comparison: the difference drawn and written, p with its test, Holm's p, margin, what was detectable, a badge."""
     comparisons = shown_comparisons(files)
     if not comparisons:
         return None
@@ -125,14 +129,13 @@ def contrast_table(files: StudyFiles) -> Table | None:
     columns = [
         Column("Verdict", figures=False),
         Column("Difference A − B", "with its 95 % interval; shaded: the margin", figures=False),
-        Column("p", "uncorrected"),
-        Column("p, Holm", "over the primary contrasts"),
-        Column("Margin", "of equivalence, ±"),
-        Column("Detectable", "smallest difference"),
-        Column("P(A better)", "than B"),
+        Column("p", "and its test"),
+        Column("p, Holm", "corrected"),
+        Column("Margin", "±"),
+        Column("Detectable", "at least"),
+        Column("P(A\u00a0better)", "than B"),
         Column("n", "prompts"),
-        Column("n needed", "where undecided"),
-        Column("Test", figures=False),
+        Column("n\u00a0needed", "to decide"),
     ]
     sections: dict[str, list[Row]] = {"Primary contrasts, named before any result was seen": [], "Exploratory contrasts, not corrected": []}
     for item in comparisons:
@@ -164,14 +167,13 @@ def _contrast_row(item: Mapping[str, Any], metric: Mapping[str, Any], detectable
             numbers.finite(item.get("difference")),
             drawing=glyph,
         ),
-        Cell(numbers.p_value(item.get("p")), value=numbers.finite(item.get("p"))),
+        Cell(numbers.p_value(item.get("p")), (str(item["test"]),) if item.get("test") else (), numbers.finite(item.get("p"))),
         Cell(numbers.p_value(item.get("p_holm")), value=numbers.finite(item.get("p_holm"))),
         _figure(item.get("margin"), unit),
         _figure(detectable.get("difference"), unit),
         _figure(chance, "", False, numbers.interval(mapping(better).get("low"), mapping(better).get("high"))),
         Cell(numbers.count(item.get("n")), value=numbers.finite(item.get("n"))),
         Cell(numbers.count(needed), value=numbers.finite(needed)),
-        Cell(str(item.get("test") or MISSING)),
     ]
     flag = ", flagged" if metric.get("flagged") else ""
     heading = f"{metric.get('title') or item.get('metric')}{flag}"
@@ -184,7 +186,7 @@ def _figure(value: Any, unit: str, sign: bool = False, *detail: str) -> Cell:
 
 def runs_table(files: StudyFiles) -> Table | None:
     """What was run: each arm's stages, how each seed ended, and what one seed cost on average, everything it used included."""
-    arms = [arm for arm in files.arms if arm.runs]
+    arms = [arm for arm in files.arms if arm.runs and (arm.kind != "null" or arm.failed)]
     if not arms:
         return None
     columns = [
@@ -195,7 +197,7 @@ def runs_table(files: StudyFiles) -> Table | None:
         Column("FLOPs", "training"),
         Column("Training", "time"),
         Column("Reference", "time"),
-        Column("Sampling", "time, evaluation too"),
+        Column("Sampling", "time"),
         Column("Tuning", "time"),
         Column("All stages", "time"),
     ]
@@ -208,11 +210,11 @@ def runs_table(files: StudyFiles) -> Table | None:
             cells.append(_mean_cell(costs, key, numbers.count))
         for key in ("seconds", "reference_seconds", "sampling_seconds", "tuning_seconds", "all_seconds"):
             cells.append(_mean_cell(costs, key, numbers.duration))
-        errors = "; ".join(f"seed {run.get('seed')}: {run.get('error') or 'no reason recorded'}" for run in arm.failed)
-        rows.append(Row(arm.name, cells, "failed" if arm.failed else "null" if arm.kind == "null" else "arm", errors, arm))
+        rows.append(Row(arm.name, cells, "failed" if arm.failed else "arm", "failed, see above" if arm.failed else "", arm))
     notes = [
         "Costs are those of one seed, averaged over the seeds that finished. A stage several arms share is counted in each of them, "
-        f"so the columns do not add up to the study’s own time. {MISSING}: not recorded, which is not zero."
+        "so the columns do not add up to the study’s own time. Sampling is the time spent writing replies, those for the evaluation "
+        f"included. {MISSING}: not recorded, which is not zero."
     ]
     return Table("runs", "Arms, stages and cost", "Arm", columns, [("", rows)], notes)
 
@@ -263,7 +265,9 @@ def accounting_table(files: StudyFiles) -> Table | None:
             users += [_short(stage)] if _short(stage) not in users else []
     if not found:
         return _side_by_side(files, "accounting", "Data accounting", lambda stage: stage.accounting)
-    names = [name for name in dict.fromkeys(name for _, account, _ in found.values() for name in account) if name not in ("dropped", "notes")]
+    names = [
+        name for name in dict.fromkeys(name for _, account, _ in found.values() for name in account) if name not in ("dropped", "notes")
+    ]
     columns = [Column(name.replace("_", " ").replace("eos", "EOS")) for name in names]
     columns[2:2] = [Column("dropped", "and why", figures=False)]
     columns += [Column("worth knowing", figures=False), Column("read by", figures=False)]
@@ -290,7 +294,9 @@ def accounts(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict
 
 def _dropped(reasons: Mapping[str, Any]) -> Cell:
     """How many rows were dropped in all, and each reason with its count and first ids beneath."""
-    counts = {why: numbers.finite(mapping(entry).get("count") if isinstance(entry, dict) else entry) or 0.0 for why, entry in reasons.items()}
+    counts = {
+        why: numbers.finite(mapping(entry).get("count") if isinstance(entry, dict) else entry) or 0.0 for why, entry in reasons.items()
+    }
     examples = {why: ", ".join(str(row) for row in listing(mapping(entry).get("rows"))[:3]) for why, entry in reasons.items()}
     detail = [f"{numbers.count(count)} {why}{f' ({examples[why]})' if examples[why] else ''}" for why, count in counts.items()]
     return Cell(numbers.count(sum(counts.values())), tuple(detail), sum(counts.values()))

@@ -51,10 +51,14 @@ def training_curves(files: StudyFiles, width: float) -> Figure | None:
     trained = trained_stages(files)
     words = "One panel for each trained stage; thin lines while training, strong lines on the development set, one line a seed."
     figure = Figure("training_curves", width, 0, "Training curves", words)
-    columns = 3 if width > 500 else 2
-    wide, tall, top = (width - 18 * (columns - 1)) / columns, 158.0 if width > 500 else 142.0, 0.0
+    columns = 4 if width > 500 else 2
+    wide, tall, top = (width - 18 * (columns - 1)) / columns, 164.0 if width > 500 else 142.0, 0.0
     for title, meter, shared in _SECTIONS:
-        panels = [(item, stream, _series(item, stream, meter), _series(item, f"eval_{stream}", meter)) for item in trained for stream in _streams(item, meter)]
+        panels = [
+            (item, stream, _series(item, stream, meter), _series(item, f"eval_{stream}", meter))
+            for item in trained
+            for stream in _streams(item, meter)
+        ]
         if not panels:
             continue
         figure.add(svg.text(2, top + 16, title, "panel"))
@@ -72,7 +76,13 @@ def training_curves(files: StudyFiles, width: float) -> Figure | None:
 
 def _streams(trained: Trained, meter: str) -> list[str]:
     """Under which prefixes a meter was logged: '' alone, or one such as 'harmless/' for each stream of a stage with several."""
-    keys = {key.removeprefix("eval_") for stage in trained.stages for row in stage.log or [] for key in row if numbers.finite(row[key]) is not None}
+    keys = {
+        key.removeprefix("eval_")
+        for stage in trained.stages
+        for row in stage.log or []
+        for key in row
+        if numbers.finite(row[key]) is not None
+    }
     return sorted(key.removesuffix(meter) for key in keys if key == meter or key.endswith(f"/{meter}"))
 
 
@@ -99,7 +109,7 @@ def _panel(
     x = Scale(min(0.0, *steps), max(*steps, 1.0), left + 36, right - 6)
     y = Scale(*extent, bottom - 30, top + 14)
     figure.add(svg.text(left + 2, top + 4, svg.shorten(words, int((right - left) / 7.2)), f"label {item.arm.colour}"))
-    svg.axes(figure, x, y, (3, 3))
+    svg.axes(figure, x, y, (3, 4))
     faint = " thin" if dev else ""
     for line in train:
         figure.add(svg.path([(x(step), y(value)) for step, value in line], f"line{faint} {item.arm.colour}"))

@@ -20,7 +20,10 @@ def safe(words: str) -> str:
 def table(content: Table) -> str:
     """A table in GitHub's Markdown; a section's heading becomes a row of its own in bold."""
     heads = [safe(content.first), *(_heading(column) for column in content.columns)]
-    lines = [f"| {' | '.join(heads)} |", f"|{'|'.join([' :-- ', *(' --: ' if column.figures else ' :-- ' for column in content.columns)])}|"]
+    lines = [
+        f"| {' | '.join(heads)} |",
+        f"|{'|'.join([' :-- ', *(' --: ' if column.figures else ' :-- ' for column in content.columns)])}|",
+    ]
     for heading, rows in content.sections:
         if heading:
             lines.append(f"| **{safe(heading)}** |{' |' * len(content.columns)}")

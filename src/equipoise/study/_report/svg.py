@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from xml.sax.saxutils import escape
 
 from equipoise.study._report import theme
@@ -100,7 +101,9 @@ _OUTLINES: dict[str, Sequence[tuple[float, float]]] = {
     "wedge": ((0, 1.15), (1.1, -0.85), (-1.1, -0.85)),
     "plus": tuple((x, y) for x, y in ((-0.4, -1.2), (0.4, -1.2), (0.4, -0.4), (1.2, -0.4), (1.2, 0.4), (0.4, 0.4)))
     + tuple((-x, -y) for x, y in ((-0.4, -1.2), (0.4, -1.2), (0.4, -0.4), (1.2, -0.4), (1.2, 0.4), (0.4, 0.4))),
-    "cross": tuple(((x - y) * 0.71, (x + y) * 0.71) for x, y in ((-0.4, -1.2), (0.4, -1.2), (0.4, -0.4), (1.2, -0.4), (1.2, 0.4), (0.4, 0.4)))
+    "cross": tuple(
+        ((x - y) * 0.71, (x + y) * 0.71) for x, y in ((-0.4, -1.2), (0.4, -1.2), (0.4, -0.4), (1.2, -0.4), (1.2, 0.4), (0.4, 0.4))
+    )
     + tuple(((y - x) * 0.71, (-x - y) * 0.71) for x, y in ((-0.4, -1.2), (0.4, -1.2), (0.4, -0.4), (1.2, -0.4), (1.2, 0.4), (0.4, 0.4))),
 }
 
@@ -108,7 +111,8 @@ _OUTLINES: dict[str, Sequence[tuple[float, float]]] = {
 def marker(slot: int, x: float, y: float, radius: float, css: str, note: str = "") -> str:
     """The marker of a series: the same shape wherever its arm appears. `note` shows under the pointer."""
     inside = f"<title>{escape(note)}</title>" if note else ""
-    shape = theme.MARKERS[slot % len(theme.MARKERS)]
+    # Shifted by one for every round of the palette, so that the ninth arm has the first one's colour but not its marker.
+    shape = theme.MARKERS[(slot + slot // len(theme.MARKERS)) % len(theme.MARKERS)]
     if shape == "circle":
         return f'<circle cx="{px(x)}" cy="{px(y)}" r="{px(radius)}" class="{css}">{inside}</circle>'
     corners = " ".join(f"{px(x + dx * radius)},{px(y + dy * radius)}" for dx, dy in _OUTLINES[shape])
@@ -189,26 +193,12 @@ def place(words: str, x: float, y: float, taken: Sequence[Box], frame: Box, bold
     return best[1:]
 
 
-def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions near the wanted ones, at least `gap` apart where the room between `low` and `high` allows."""
-    order = sorted(range(len(wanted)), key=lambda index: wanted[index])
-    gap = min(gap, (high - low) / max(len(wanted) - 1, 1))
-    places = [0.0] * len(wanted)
-    below = low - gap
-    for index in order:
-        places[index] = below = max(wanted[index], below + gap)
-    above = high + gap
-    for index in reversed(order):
-        places[index] = above = min(places[index], above - gap)
-    return places
-
-
 def bucketed(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
     """At most `most` points: means over equal runs of neighbours."""
     if len(points) <= most:
         return list(points)
-    cut: Callable[[int], int] = lambda index: index * len(points) // most  # noqa: E731
-    groups = [points[cut(index) : cut(index + 1)] for index in range(most)]
+    ends = [index * len(points) // most for index in range(most + 1)]
+    groups = [points[first:last] for first, last in pairwise(ends)]
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
 
 

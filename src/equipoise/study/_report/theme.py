@@ -34,7 +34,7 @@ TOKENS: dict[str, tuple[str, str]] = {
     "s6": ("#3f51b5", "#9fa8f5"),
     "s7": ("#7a4a1f", "#cfa27a"),
 }
-MARKERS = ("circle", "square", "triangle", "diamond", "plus", "cross", "pentagon", "wedge")
+MARKERS = ("circle", "square", "triangle", "diamond", "wedge", "pentagon", "plus", "cross")
 SANS = '-apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, sans-serif'
 
 _FIGURE_RULES = (
@@ -89,6 +89,8 @@ def standalone_rules() -> str:
     """The figure's rules with the colours written out, so that viewers without CSS variables show them too."""
 
     def written(index: int) -> str:
-        return re.sub(r"var\(--([a-z0-9-]+)\)", lambda match: TOKENS[match.group(1)][index], figure_rules() + ".backdrop{fill:var(--paper)}")
+        return re.sub(
+            r"var\(--([a-z0-9-]+)\)", lambda match: TOKENS[match.group(1)][index], figure_rules() + ".backdrop{fill:var(--paper)}"
+        )
 
     return f"{written(0)}@media (prefers-color-scheme:dark){{{written(1)}}}"

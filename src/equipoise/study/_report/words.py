@@ -10,6 +10,7 @@ from equipoise.study._report import numbers
 from equipoise.study._report.read import StudyFiles, listing, mapping
 
 _MOST = 8
+_FEW = 3
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def verdict(files: StudyFiles, comparisons: Sequence[Mapping[str, Any]]) -> list
     else:
         result = _joined(counts) if counts else "none has a verdict"
     told = [item for items in by_verdict.values() for item in items]
-    said = [Statement("", f"{asked} named beforehand: {result}.")]
+    said = [Statement("", "Read this with the stamp: the judge is not independent, and that was overridden.")] if _overridden(files) else []
+    said += [Statement("", f"{asked} named beforehand: {result}.")]
     said += [Statement(str(item["verdict"]), sentence(files, item)) for item in told[:_MOST]]
     if len(told) > _MOST:
         said.append(Statement("", f"The other {len(told) - _MOST} stand in the table of contrasts."))
@@ -75,10 +77,13 @@ def sentence(files: StudyFiles, item: Mapping[str, Any]) -> str:
     if metric.get("flagged"):
         name += " (a flagged metric)"
     between = numbers.interval(item.get("low"), item.get("high"), unit, True)
-    size = f"{numbers.with_unit(item.get('difference'), unit, True)}{f', 95 % interval {between}' if between else ''}"
+    shown = spoken_unit(unit, name)
+    size = _with(item.get("difference"), unit, shown, True) + (f", 95\u00a0% interval {between}" if between else "")
     if item.get("verdict") == "equivalent":
-        margin = f" within ±{numbers.with_unit(item.get('margin'), unit)}" if numbers.finite(item.get("margin")) is not None else ""
-        return f"{a} and {b} are equivalent{margin} on {name} ({size})."
+        margin = (
+            f", inside the margin of ±{_with(item.get('margin'), unit, shown)}" if numbers.finite(item.get("margin")) is not None else ""
+        )
+        return f"{a} and {b} are equivalent on {name} ({size}{margin})."
     if item.get("verdict") == "undecided":
         asked, needed = numbers.count(item.get("n")), numbers.finite(item.get("n_needed"))
         need = f"about {numbers.count(needed)} prompts would decide it, {asked} were asked" if needed else f"{asked} prompts were asked"
@@ -89,14 +94,25 @@ def sentence(files: StudyFiles, item: Mapping[str, Any]) -> str:
     return f"{a} is {word} than {b} on {name} ({size}; p {_equals(_corrected(item))})."
 
 
+def spoken_unit(unit: str, name: str) -> str:
+    """The unit, or nothing where the metric's name already says it."""
+    return "" if unit.lower() in name.lower().split() else unit
+
+
 def stamps(files: StudyFiles) -> list[Stamp]:
     """Alarms first: independence, failures, unknown provenance, the evaluation's warnings, flagged metrics, missing pieces."""
     independence = mapping(files.evaluation.get("independence"))
     unknown = [str(item) for item in listing(independence.get("unknown"))]
     overlaps = [_overlap(mapping(item)) for item in listing(independence.get("overlaps"))]
     found = []
-    if independence.get("overridden"):
-        found.append(Stamp("alarm", "The judge’s independence was overridden: believe the headline only as far as you believe the judge", _few(overlaps)))
+    if _overridden(files):
+        found.append(
+            Stamp(
+                "alarm",
+                "The judge’s independence was overridden: believe the headline only as far as you believe the judge",
+                _few(overlaps),
+            )
+        )
     elif independence.get("blocked"):
         words = "The headline is withheld, because the judge is not independent; the study’s setting override_independence would show it, stamped"
         found.append(Stamp("alarm", words, _few(overlaps)))
@@ -106,13 +122,19 @@ def stamps(files: StudyFiles) -> list[Stamp]:
         found.append(Stamp("caution", "The evaluation does not say whether the judge is independent", []))
     failed = [f"{arm.name}, seed {run.get('seed')}: {run.get('error') or 'no reason recorded'}" for arm in files.arms for run in arm.failed]
     if failed:
-        found.append(Stamp("alarm", f"{numbers.number_word(len(failed)).capitalize()} of the runs failed and {_stand(len(failed))} in no table", failed))
+        found.append(
+            Stamp(
+                "alarm", f"{numbers.number_word(len(failed)).capitalize()} of the runs failed and {_stand(len(failed))} in no table", failed
+            )
+        )
     pending = [f"{arm.name}, seed {run.get('seed')}" for arm in files.arms for run in arm.pending]
     if pending:
         found.append(Stamp("caution", "The study is not finished; still to run", pending))
     found += _about_the_plan(files)
     flagged = [
-        f"{metric.get('title') or name}: {metric.get('flag_reason') or 'no reason recorded'}" for name, metric in files.metrics.items() if metric.get("flagged")
+        f"{metric.get('title') or name}: {metric.get('flag_reason') or 'no reason recorded'}"
+        for name, metric in files.metrics.items()
+        if metric.get("flagged")
     ]
     if flagged:
         found.append(Stamp("caution", "Flagged metrics: what they reward can be had without being useful", flagged))
@@ -121,7 +143,7 @@ def stamps(files: StudyFiles) -> list[Stamp]:
         found.append(Stamp("caution", "Warnings of the evaluation", warnings))
     if files.notes:
         found.append(Stamp("caution", "Missing from this report", files.notes))
-    return found
+    return sorted(found, key=lambda stamp: stamp.level != "alarm")
 
 
 def _about_the_plan(files: StudyFiles) -> list[Stamp]:
@@ -191,7 +213,11 @@ def _held_out(estimate: Mapping[str, Any]) -> str:
     unit = str(estimate.get("unit") or "")
     between = numbers.interval(estimate.get("low"), estimate.get("high"), unit)
     count = f", n = {numbers.count(estimate.get('n'))}" if numbers.finite(estimate.get("n")) is not None else ""
-    return f"{numbers.with_unit(estimate.get('value'), unit)}{f' (95 % interval {between})' if between else ''}{count}"
+    return numbers.with_unit(estimate.get("value"), unit) + (f" (95\u00a0% interval {between})" if between else "") + count
+
+
+def _overridden(files: StudyFiles) -> bool:
+    return bool(mapping(files.evaluation.get("independence")).get("overridden"))
 
 
 def _study(files: StudyFiles) -> dict[str, Any]:
@@ -220,7 +246,11 @@ def _budget(budget: Any) -> str:
 
 
 def _pairs(value: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key.replace('_', ' ')} {'none' if inner is None else inner}" for key, inner in value.items() if not isinstance(inner, (dict, list)))
+    return ", ".join(
+        f"{key.replace('_', ' ')} {'none' if inner is None else inner}"
+        for key, inner in value.items()
+        if not isinstance(inner, (dict, list))
+    )
 
 
 def _prompts(files: StudyFiles) -> str:
@@ -237,7 +267,7 @@ def _overlap(item: Mapping[str, Any]) -> str:
 
 
 def _few(items: Sequence[str], where: str = "evaluation/evaluation.json") -> list[str]:
-    return [*items[:5], *([f"and {len(items) - 5} more, listed in {where}"] if len(items) > 5 else [])]
+    return [*items[:_FEW], *([f"and {len(items) - _FEW} more, listed in {where}"] if len(items) > _FEW else [])]
 
 
 def _stand(count: int) -> str:
@@ -246,6 +276,11 @@ def _stand(count: int) -> str:
 
 def _joined(items: Sequence[str], last: str = " and ") -> str:
     return last.join([", ".join(items[:-1]), items[-1]]) if len(items) > 1 else "".join(items)
+
+
+def _with(value: Any, unit: str, shown: str, sign: bool = False) -> str:
+    """A figure in `unit`, with the unit named only where `shown` says so."""
+    return f"{numbers.plain(value, unit, sign)}{chr(160) + shown if shown else ''}"
 
 
 def _lower(words: str) -> str:

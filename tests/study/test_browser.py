@@ -1,0 +1,208 @@
+"""The report in a real headless Chromium: it searches, filters, turns dark, fits a phone, and asks the network for nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from equipoise.study.report import build_report
+
+pytestmark = pytest.mark.browser
+ARGUMENTS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a made-up study of 300 prompts and ten arms."""
+    spec = importlib.util.spec_from_file_location("equipoise_synthetic_study", Path(__file__).with_name("synthetic.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return build_report(module.build_study(tmp_path_factory.mktemp("study") / "starter", prompts_per_axis=100, extra_arms=2))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium found: install Debian's package `chromium` to test the report in a browser")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+    with playwright.sync_playwright() as started:
+        found = started.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def opened(browser: Any, report: Path) -> Iterator[Any]:
+    """Opens the report; whatever the console says or the page requests beyond its own file fails the test."""
+    contexts, complaints = [], []
+
+    def open_page(width: int = 1280, height: int = 800, scheme: str = "light") -> Any:
+        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
+        page.on("request", lambda request: request.url in (report.as_uri(), "data:,") or complaints.append(f"request: {request.url}"))
+        page.goto(report.as_uri())
+        return page
+
+    yield open_page
+    pwned = [page.evaluate("window.pwned") for context in contexts for page in context.pages]
+    for context in contexts:
+        context.close()
+    assert complaints == []
+    assert pwned == [None] * len(pwned)
+
+
+def count(page: Any) -> int:
+    """How many prompts the page says match."""
+    return int(page.locator("#count").inner_text().split(" of ")[0])
+
+
+def test_searches_prompts_and_replies(opened: Any) -> None:
+    from playwright.sync_api import expect
+
+    page = opened()
+    assert count(page) == 300
+    assert page.locator(".prompt-card").count() == 8
+    page.fill("#search", "sourdough")
+    expect(page.locator("#count")).to_contain_text("34 of 300")
+    assert page.locator(".prompt-card mark").first.inner_text() == "sourdough"
+    page.fill("#search", "<script>window")
+    expect(page.locator("#count")).to_have_text("6 of 300 prompts")
+    assert "<script>window.pwned = 1</script>" in page.locator("#reply-list").inner_text()
+    page.fill("#search", "no such words anywhere")
+    expect(page.locator("#count")).to_have_text("0 of 300 prompts")
+
+
+def test_filters_by_axis_arm_validity_and_disagreement(opened: Any) -> None:
+    page = opened()
+    page.select_option("#axis", "benign")
+    assert count(page) == 100
+    assert set(page.locator(".prompt-card h3 b").all_inner_texts()) == {"benign"}
+    page.select_option("#axis", "")
+    page.locator("label:has(#invalid)").click()
+    assert count(page) == 3  # the looping reply, once in each axis
+    page.locator("#arm-chips .chip", has_text="empty").click()
+    assert count(page) == 300
+    page.locator("#arm-chips .chip", has_text="empty").click()
+    page.locator("label:has(#invalid)").click()
+    page.locator("label:has(#disagree)").click()
+    differing = count(page)
+    assert 0 < differing < 300
+    for name in ("base", "sft", "dpo", "variant_0", "variant_1"):
+        page.locator("#arm-chips .chip").filter(has=page.get_by_text(name, exact=True)).click()
+    assert count(page) == 0  # a single arm cannot disagree with itself
+    assert page.locator("#reply-list").inner_text() == ""
+
+
+def test_orders_by_gap_pages_and_unfolds(opened: Any) -> None:
+    page = opened()
+    page.select_option("#order", "gap")
+    rewards = [
+        [float(word.replace("−", "-")) for word in card.locator("data").all_inner_texts() if word != "no reward"]
+        for card in page.locator(".prompt-card").all()
+    ]
+    gaps = [max(row) - min(row) for row in rewards]
+    assert gaps == sorted(gaps, reverse=True)
+    page.select_option("#order", "given")
+    page.locator(".more").first.focus()
+    page.keyboard.press("Enter")
+    assert page.locator(".more").first.get_attribute("aria-expanded") == "true"
+    assert "the whole reply has 45,000 characters" in page.locator("#reply-list").inner_text()
+    assert page.locator("[data-step='-1']").first.is_disabled()
+    page.locator("[data-step='1']").first.click()
+    assert "showing 9 to 16" in page.locator("#count").inner_text()
+
+
+def test_turns_dark_by_the_system_and_by_the_button_and_remembers(opened: Any) -> None:
+    def paper(page: Any) -> str:
+        return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+
+    light = opened(scheme="light")
+    dark = opened(scheme="dark")
+    assert paper(light) == "rgb(255, 255, 255)"
+    assert paper(dark) == "rgb(21, 23, 26)"
+    light.click("#theme")
+    assert paper(light) == paper(dark)
+    line = light.locator("#figure-helpful_vs_harmless .wide .whisker.s1").first
+    assert line.evaluate("node => getComputedStyle(node).stroke") == "rgb(92, 179, 234)"
+    light.reload()
+    assert paper(light) == paper(dark)
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1280])
+def test_the_page_never_scrolls_sideways(opened: Any, width: int) -> None:
+    page = opened(width=width, height=844)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    page.locator("details summary").click()
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    if width < 768:
+        table = page.locator(".scroller").first
+        assert table.evaluate("node => node.scrollWidth > node.clientWidth")
+    visible = page.locator("#figure-threshold_sweep .narrow" if width < 768 else "#figure-threshold_sweep .wide")
+    assert visible.is_visible()
+
+
+def test_text_stands_out_from_its_ground(opened: Any) -> None:
+    """WCAG 2.1 contrast, 4.5:1, of every piece of text against what is painted behind it, light and dark."""
+    script = """() => {
+      const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+      const light = ([r, g, b]) => { const f = [r, g, b].map((v) => { v /= 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
+        return 0.2126 * f[0] + 0.7152 * f[1] + 0.0722 * f[2]; };
+      const poor = new Set();
+      const walker = document.createTreeWalker(document.querySelector("main"), NodeFilter.SHOW_TEXT);
+      while (walker.nextNode()) {
+        const node = walker.currentNode.parentElement;
+        if (!walker.currentNode.textContent.trim() || !node.checkVisibility() || node.closest("svg") || node.disabled || node.closest("option")) continue;
+        let ground = node, colour = [0, 0, 0, 0];
+        while (ground && (colour.length === 4 && colour[3] === 0)) { colour = parse(getComputedStyle(ground).backgroundColor); ground = ground.parentElement; }
+        const one = light(parse(getComputedStyle(node).color)), two = light(colour);
+        const ratio = (Math.max(one, two) + 0.05) / (Math.min(one, two) + 0.05);
+        if (ratio < 4.5) poor.add(`${node.tagName}.${node.className}: ${ratio.toFixed(2)}`);
+      }
+      return [...poor];
+    }"""
+    assert opened(scheme="light").evaluate(script) == []
+    assert opened(scheme="dark").evaluate(script) == []
+
+
+def test_everything_is_named_and_within_reach_of_the_keyboard(opened: Any) -> None:
+    page = opened()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    unnamed = page.evaluate(
+        """() => [...document.querySelectorAll("button, input, select, svg[role=img], .scroller, table")].filter((node) => {
+          const title = node.querySelector(":scope > title, :scope > caption");
+          return !(node.getAttribute("aria-label") || node.textContent.trim() || node.labels && node.labels.length || title);
+        }).map((node) => node.outerHTML.slice(0, 80))"""
+    )
+    assert unnamed == []
+    assert page.evaluate("[...document.querySelectorAll('.scroller')].every((node) => node.tabIndex === 0)")
+
+
+def test_takes_screenshots(opened: Any, tmp_path: Path) -> None:
+    for name, width, height, scheme in (("laptop", 1280, 800, "light"), ("phone", 390, 844, "dark")):
+        page = opened(width=width, height=height, scheme=scheme)
+        path = tmp_path / f"{name}-{scheme}.png"
+        page.screenshot(path=path, full_page=True)
+        assert path.stat().st_size > 50_000

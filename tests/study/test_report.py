@@ -1,0 +1,435 @@
+"""The report is complete, says what the files say, survives what is missing, and lets no foreign text out of its place."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from equipoise.core.errors import DataError
+from equipoise.study.report import build_report
+
+
+def _synthetic() -> ModuleType:
+    """The neighbour that makes study folders; tests are not a package, so it is loaded by its path."""
+    path = Path(__file__).with_name("synthetic.py")
+    spec = importlib.util.spec_from_file_location("equipoise_synthetic_study", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+synthetic = _synthetic()
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; table cells by table, row and column."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.words: list[str] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.values: dict[str, list[list[float | None]]] = {}
+        self._table = ""
+        self._script = False
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.append((tag, found))
+        if tag == "script":
+            self._script = True
+            self.scripts.append("")
+        if tag == "table":
+            self._table = str(found["id"])
+            self.tables[self._table], self.values[self._table] = [], []
+        if tag == "tr" and self._table:
+            self.tables[self._table].append([])
+            self.values[self._table].append([])
+        if tag in ("td", "th") and self._table and self.tables[self._table]:
+            self.tables[self._table][-1].append("")
+            value = found.get("data-value")
+            self.values[self._table][-1].append(float(value) if value is not None else None)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "script":
+            self._script = False
+        if tag == "table":
+            self._table = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._script:
+            self.scripts[-1] += data
+        else:
+            self.words.append(data)
+            if self._table and self.tables[self._table] and self.tables[self._table][-1]:
+                self.tables[self._table][-1][-1] += f" {data}"
+
+    def rows(self, table: str) -> dict[str, list[str]]:
+        """First word of a row → its cells, white space simplified."""
+        cells = [[" ".join(cell.replace("\xa0", " ").split()) for cell in row] for row in self.tables[table]]
+        return {row[0].split()[0]: row for row in cells if row[0]}
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).replace("\xa0", " ").split())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished study with its report. Tests that change it take a copy."""
+    folder = synthetic.build_study(tmp_path_factory.mktemp("study") / "starter")
+    build_report(folder)
+    return Path(folder)
+
+
+@pytest.fixture
+def study(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path / "study")
+    shutil.rmtree(tmp_path / "study" / "report")
+    return tmp_path / "study"
+
+
+def page_of(folder: Path) -> Page:
+    return Page(build_report(folder).read_text(encoding="utf-8"))
+
+
+def change(folder: Path, name: str, edit: Callable[[Any], None]) -> None:
+    value = json.loads((folder / name).read_text(encoding="utf-8"))
+    edit(value)
+    (folder / name).write_text(json.dumps(value), encoding="utf-8")
+
+
+def test_sections_stand_in_order_and_every_link_leads_somewhere(finished: Path) -> None:
+    page = Page((finished / "report/report.html").read_text(encoding="utf-8"))
+    ids = [attributes["id"] for _, attributes in page.tags if attributes.get("id")]
+    assert len(ids) == len(set(ids))
+    sections = [
+        name for name in ids if name in ("verdict", "run", "arms", "contrasts", "figures", "replies", "data", "judge", "environment")
+    ]
+    assert sections == ["verdict", "run", "arms", "contrasts", "figures", "replies", "data", "judge", "environment"]
+    assert {attributes["href"] for tag, attributes in page.tags if tag == "a"} <= {f"#{name}" for name in ids}
+    assert sum(tag == "h1" for tag, _ in page.tags) == 1
+
+
+def test_the_page_needs_nothing_from_outside(finished: Path) -> None:
+    source = (finished / "report/report.html").read_text(encoding="utf-8")
+    page = Page(source)
+    policy = next(attributes["content"] for tag, attributes in page.tags if attributes.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    for tag, attributes in page.tags:
+        assert "src" not in attributes, (tag, attributes)
+        assert not any(name.startswith("on") or name == "style" for name in attributes), (tag, attributes)
+    assert [attributes["href"] for tag, attributes in page.tags if tag == "link"] == ["data:,"]
+    style = source[source.index("<style>") : source.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    # Two scripts of our own and one block of data: no text of the study made another.
+    assert [attributes.get("type") for tag, attributes in page.tags if tag == "script"] == [None, "application/json", None]
+
+
+def test_hostile_text_arrives_as_text(finished: Path) -> None:
+    page = Page((finished / "report/report.html").read_text(encoding="utf-8"))
+    data = json.loads(page.scripts[1])
+    dpo = [arm["name"] for arm in data["arms"]].index("dpo")
+    shown = [prompt["replies"][dpo]["text"] for prompt in data["prompts"][:6]]
+    assert shown[:5] == list(synthetic.HOSTILE[:5])
+    assert shown[5] == "a NUL \ufffd, a bell \ufffd, half a pair \ufffd"
+    assert not set("<>&\u2028\u2029") & set(page.scripts[1])
+    assert not any(tag in ("img", "b") and "onerror" in attributes for tag, attributes in page.tags)
+    assert "the loss is not finite <b>at step 12</b>" in page.text
+
+
+def test_hostile_names_are_escaped_everywhere(study: Path) -> None:
+    evil = '</title></svg><script>x</script>"|*'
+
+    def rename(value: Any) -> None:
+        value["models"][evil] = value["models"].pop("dpo")
+        value["metrics"]["reward_harmful"]["title"] = evil
+        value["warnings"] = [evil, "[a](javascript:x) `b` <i>c</i>"]
+        value["comparisons"][0]["a"] = evil
+
+    change(study, "evaluation/evaluation.json", rename)
+    change(study, "study.lock.json", lambda lock: lock["study"].update(name=evil, description=evil))
+    page = page_of(study)
+    assert sum(tag == "script" for tag, _ in page.tags) == 3
+    assert sum(tag == "h1" for tag, _ in page.tags) == 1
+    assert evil in page.text
+    drawing = ET.parse(study / "report/figures/helpful_vs_harmless.svg")
+    assert evil in "".join(drawing.getroot().itertext())
+    assert not [node for node in drawing.iter() if node.tag.endswith("script")]
+    markdown = (study / "report/report.md").read_text(encoding="utf-8")
+    assert "<script>" not in markdown
+    assert "<i>" not in markdown
+    assert "\\[a\\](javascript:x)" in markdown
+    assert '&lt;script&gt;x&lt;/script&gt;"\\|\\*' in markdown
+
+
+def test_figures_in_the_tables_are_those_of_the_evaluation(finished: Path) -> None:
+    page = Page((finished / "report/report.html").read_text(encoding="utf-8"))
+    evaluation = json.loads((finished / "evaluation/evaluation.json").read_text(encoding="utf-8"))
+    for role in ("headline", "reproduction", "diagnostic"):
+        metrics = [name for name, metric in evaluation["metrics"].items() if metric["role"] == role]
+        table = f"table-arms-{role}"
+        rows = {cells[0].split()[0]: values[1:] for cells, values in zip(page.tables[table], page.values[table], strict=True)}
+        for model, entry in evaluation["models"].items():
+            assert rows[model] == [entry["estimates"][name]["value"] for name in metrics], (role, model)
+        assert rows["kto"] == [None] * len(metrics)
+    contrasts = page.values["table-contrasts"]
+    told = [row for row in contrasts if len(row) > 5 and row[2] is not None]
+    assert [row[2] for row in told] == [item["difference"] for item in evaluation["comparisons"]]
+    assert [row[3] for row in told] == [item["p"] for item in evaluation["comparisons"]]
+    assert [row[9] for row in told] == [item["n_needed"] for item in evaluation["comparisons"]]
+
+
+def test_figures_are_written_as_people_read_them(study: Path) -> None:
+    def known(value: Any) -> None:
+        value["models"]["dpo"]["estimates"]["unsafe_compliance"] = {
+            "value": 8.0,
+            "unit": "%",
+            "n": 25,
+            "low": 2.22,
+            "high": 24.97,
+            "missing": 5,
+            "per_seed": [4.0, 12.0],
+        }
+        value["models"]["dpo"]["estimates"]["reward_harmful"] = {
+            "value": -0.0049,
+            "unit": "reward",
+            "n": 30,
+            "low": -1.5,
+            "high": 1.4951,
+            "missing": 0,
+            "per_seed": [],
+        }
+
+    change(study, "evaluation/evaluation.json", known)
+    page = page_of(study)
+    row = page.rows("table-arms-headline")["dpo"]
+    assert row[2] == "0.00 −1.50 to 1.50"  # no minus before nought
+    assert row[3] == "8.0 2.2 to 25.0 seeds 4.0 … 12.0 n = 25 5 missing"
+
+
+def test_the_verdict_is_said_in_words(finished: Path) -> None:
+    text = Page((finished / "report/report.html").read_text(encoding="utf-8")).text
+    assert "Three contrasts were named beforehand: one real, one equivalent and one undecided." in text
+    assert "sft_dpo is better than sft on reward on harmful prompts (+0.61, 95 % interval +0.30 to +0.92; p = 0.001)." in text
+    assert (
+        "sft and base are equivalent on reward on helpful prompts (+0.04, 95 % interval −0.10 to +0.18, inside the margin of ±0.20)."
+        in text
+    )
+    assert (
+        "dpo against sft on reward on harmful prompts is undecided (+0.22, 95 % interval −0.17 to +0.61); about 410 prompts would decide it, 30 were asked."
+        in text
+    )
+    assert "Primary contrasts that could not be tested: kto against sft on reward_harmful" in text
+    assert "HmR: the null policy refuse scores highest" in text
+
+
+def test_lower_is_better_turns_the_words_round(study: Path) -> None:
+    def edit(value: Any) -> None:
+        value["comparisons"] = [item for item in value["comparisons"] if item["metric"] in ("unsafe_compliance", "over_refusal")]
+        for item in value["comparisons"]:
+            item["primary"] = True
+
+    change(study, "evaluation/evaluation.json", edit)
+    text = page_of(study).text
+    assert "Two contrasts were named beforehand: all of them real." in text
+    assert "sft_dpo is better than base on unsafe compliance (−39.9 %" in text
+    assert "sft_dpo is worse than base on over-refusal (+13.4 %" in text
+
+
+def test_a_blocked_headline_is_withheld_and_an_overridden_one_stamped(study: Path) -> None:
+    assert "The judge’s independence was overridden" in page_of(study).text
+    change(study, "evaluation/evaluation.json", lambda value: value["independence"].update(overridden=False))
+    page = page_of(study)
+    assert "No verdict is given: the judge is not independent" in page.text
+    assert "The headline is withheld" in page.text
+    assert "table-arms-headline" not in page.tables
+    assert "table-arms-reproduction" in page.tables
+    assert "table-contrasts" not in page.tables
+    assert "Reward on harmful prompts" not in (study / "report/report.md").read_text(encoding="utf-8")
+    # Without the rewards the figure falls back on the shares.
+    assert "HmR" in (study / "report/figures/helpful_vs_harmless.svg").read_text(encoding="utf-8")
+
+
+def test_unknown_provenance_is_said(study: Path) -> None:
+    change(
+        study,
+        "evaluation/evaluation.json",
+        lambda value: value.update(independence={"blocked": False, "overridden": False, "overlaps": [], "unknown": ["the judge"]}),
+    )
+    text = page_of(study).text
+    assert "what these were trained on is unknown: the judge" in text
+    assert "overridden" not in text
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        ("study.lock.json", "study.lock.json is not there"),
+        ("arms.json", "arms.json is not there"),
+        ("evaluation", "There is no verdict yet"),
+        ("evaluation/replies.jsonl", "No replies were recorded."),
+        ("stages", "No stage wrote an account of its data."),
+    ],
+)
+def test_what_is_missing_is_said(study: Path, lost: str, said: str) -> None:
+    path = study / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert said in page_of(study).text
+    assert (study / "report/report.md").is_file()
+
+
+def test_missing_inside_the_files_is_not_zero(study: Path) -> None:
+    def edit(value: Any) -> None:
+        value["judge"]["held_out"] = None
+        value["models"]["dpo"]["estimates"]["reward_harmful"].update(value=None, low=None, high=None, n=0, missing=30)
+        del value["models"]["sft"]["estimates"]["reward_harmful"]
+        value["comparisons"][2].update(p=None, p_holm=None, n_needed=None, low=None, high=None, prob_a_better=None)
+        del value["sweep"], value["detectable"], value["warnings"]
+
+    change(study, "evaluation/evaluation.json", edit)
+    page = page_of(study)
+    rows = page.rows("table-arms-headline")
+    assert rows["dpo"][2].startswith("—")
+    assert rows["dpo"][2].endswith("30 missing")
+    assert rows["sft"][2] == "—"
+    assert "Pair accuracy, held out not measured" in page.text
+    assert not (study / "report/figures/threshold_sweep.svg").exists()
+
+
+def test_an_empty_study_still_makes_a_report(tmp_path: Path) -> None:
+    (tmp_path / "arms.json").write_text(
+        '{"schema_version": 1, "arms": [{"name": "dpo", "seed": 0, "status": "pending", "error": null, "stages": [], "model": null, "cost": {}}]}'
+    )
+    text = page_of(tmp_path).text
+    assert "There is no verdict yet" in text
+    assert "The study is not finished; still to run: dpo, seed 0" in text
+
+
+def test_torn_and_broken_files_are_named(study: Path) -> None:
+    stage = next((study / "stages").glob("train-dpo-*"))
+    with open(stage / "log.jsonl", "ab") as stream:
+        stream.write(b'{"step": 61, "lo')
+    (stage / "accounting.json").write_text('{"rows_in": ')
+    text = page_of(study).text
+    assert f"stages/{stage.name}/log.jsonl: 1 broken line left out." in text
+    assert f"stages/{stage.name}/accounting.json, line 1" in text
+    assert str(study) not in text
+
+
+def test_what_is_no_study_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        build_report(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="not a study folder"):
+        build_report(tmp_path)
+
+
+def test_same_files_same_bytes_wherever_they_lie(finished: Path, study: Path) -> None:
+    again = build_report(study, study.parent / "elsewhere").parent
+    first = finished / "report"
+    names = sorted(str(path.relative_to(first)) for path in first.rglob("*") if path.is_file())
+    assert names == sorted(str(path.relative_to(again)) for path in again.rglob("*") if path.is_file())
+    assert {
+        "report.html",
+        "report.md",
+        "figures/helpful_vs_harmless.svg",
+        "figures/refusal_vs_compliance.svg",
+        "figures/threshold_sweep.svg",
+        "figures/training_curves.svg",
+    } == set(names)
+    for name in names:
+        assert (first / name).read_bytes() == (again / name).read_bytes(), name
+
+
+def test_figures_are_whole_svg_files_with_both_themes(finished: Path) -> None:
+    for path in sorted((finished / "report/figures").glob("*.svg")):
+        root = ET.parse(path).getroot()
+        style = "".join(node.text or "" for node in root.iter("{http://www.w3.org/2000/svg}style"))
+        assert "prefers-color-scheme:dark" in style
+        assert "var(" not in style
+        width, height = float(root.attrib["width"]), float(root.attrib["height"])
+        for node in root.iter():
+            for name, most in (
+                ("x", width),
+                ("cx", width),
+                ("x1", width),
+                ("x2", width),
+                ("y", height),
+                ("cy", height),
+                ("y1", height),
+                ("y2", height),
+            ):
+                assert -1 <= float(node.attrib.get(name, 0)) <= most + 1, (path.name, node.attrib)
+
+
+def test_markers_stand_where_the_figures_say(finished: Path) -> None:
+    """Positions of two arms, read off the drawing, are in the proportion of their values."""
+    evaluation = json.loads((finished / "evaluation/evaluation.json").read_text(encoding="utf-8"))
+    source = (finished / "report/figures/refusal_vs_compliance.svg").read_text(encoding="utf-8")
+    ticks = [
+        (float(x), float(label))
+        for x, label in re.findall(r'<text x="([\d.]+)" y="[\d.]+" class="tick" text-anchor="middle">([\d.]+)</text>', source)
+    ]
+    (x0, v0), (x1, v1) = ticks[0], ticks[-1]
+    base = evaluation["models"]["base"]["estimates"]["over_refusal"]["value"]
+    drawn = next(
+        float(x) for x, note in re.findall(r'<circle cx="([\d.]+)"[^>]*><title>([^<]*)</title>', source) if note.startswith("base:")
+    )
+    assert drawn == pytest.approx(x0 + (base - v0) / (v1 - v0) * (x1 - x0), abs=0.02)
+
+
+def test_markdown_says_the_same(finished: Path) -> None:
+    text = (finished / "report/report.md").read_text(encoding="utf-8").replace("\xa0", " ")
+    assert "**[real]** sft\\_dpo is better than sft on reward on harmful prompts (+0.61, 95 % interval +0.30 to +0.92; p = 0.001)." in text
+    for line in text.splitlines():
+        if line.startswith("| *refuse*"):
+            assert "63.0" in text
+    tables = re.findall(r"((?:^\|.*\|\n)+)", text, flags=re.MULTILINE)
+    assert len(tables) >= 6
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1, table
+    assert "figures/helpful_vs_harmless.svg" in text
+
+
+def test_very_long_replies_are_cut_for_display_and_said_so(finished: Path) -> None:
+    data = json.loads(Page((finished / "report/report.html").read_text(encoding="utf-8")).scripts[1])
+    dpo = [arm["name"] for arm in data["arms"]].index("dpo")
+    reply = data["prompts"][6]["replies"][dpo]
+    assert len(reply["text"]) == 20_000
+    assert reply["cut"] == 45_000
+    assert reply["invalid"] == "loop"
+
+
+def test_costs_are_means_over_seeds_and_missing_ones_stay_missing(finished: Path) -> None:
+    page = Page((finished / "report/report.html").read_text(encoding="utf-8"))
+    rows = dict(zip((cells[0].split()[0] for cells in page.tables["table-runs"]), page.values["table-runs"], strict=True))
+    assert rows["dpo"][3:] == [320, 122_408, 6.1e13, 388.2, 41.7, 96.4, None, pytest.approx((412.6 + 421.6) / 2 + 96.4 + 21.3)]
+    assert rows["base"][3:] == [None, None, None, None, None, 96.4, None, pytest.approx(96.4 + 21.3)]
+    assert rows["kto"][3:] == [None] * 8
+
+
+def test_data_accounting_adds_up_in_the_table(finished: Path) -> None:
+    page = Page((finished / "report/report.html").read_text(encoding="utf-8"))
+    cells = [[" ".join(cell.split()) for cell in row] for row in page.tables["table-accounting"]]
+    read, tokens = cells[1:]
+    assert read[:4] == ["harmless, train, as read", "900", "874", "26 11 empty reply (hh-3, hh-77) 15 chosen = rejected (hh-12)"]
+    assert tokens[:4] == ["harmless, train, as tokens", "874", "870", "4 4 reply longer than 768 tokens (hh-9)"]
