@@ -117,7 +117,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(stream, 1):
             text = _text(line, f"{path}, line {number}", first=number == 1)
             if text.strip():
-                yield f"line {number}", _parse(text, path, number)
+                yield f"line {number}", _parse(text.rstrip("\r\n"), path, number)
 
 
 def _json_array(path: Path) -> Iterator[tuple[str, Any]]:

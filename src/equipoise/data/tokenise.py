@@ -18,7 +18,7 @@ from equipoise.data.units import facts_of, units
 BATCH = 1000
 """Units tokenised in one go: fast tokenizers work on many texts at once."""
 
-OVER_LIMIT = "a reply alone exceeds max_length"
+OVER_LIMIT = "a reply is too long for max_length"
 REFUSED = "the chat template refuses this conversation"
 IDENTICAL = "the replies are the same tokens"
 MISMATCHED_CUT = "mismatched replies cut at max_length"

@@ -7,6 +7,7 @@ A row that cannot become a record is counted with its reason, never skipped.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -78,7 +79,7 @@ def source(name: str, rows: Sequence[Row]) -> Source:
         return modules[fitting[0]]
     if fitting:
         raise UsageError(f"{rows[0].where}: the rows fit several formats. Say which with format={' or format='.join(fitting)}.")
-    closest = min(modules, key=lambda known: len(_lacking(modules[known], columns)))
+    closest = min(modules, key=lambda known: _distance(_lacking(modules[known], columns), columns))
     found = ", ".join(sorted(columns)) or "none"
     raise DataError(
         f"{rows[0].where}: no known format has these columns ({found}). The closest, {closest!r}, {_missing(modules[closest], columns)} "
@@ -217,8 +218,14 @@ def _checked(record: Record) -> Record:
 
 
 def _lacking(module: Source, columns: set[str]) -> list[str]:
-    """The columns missing for the alternative that needs fewest more."""
-    return min((sorted(wanted - columns) for wanted in module.COLUMNS), key=len)
+    """The columns missing for the alternative most likely meant."""
+    return min((sorted(wanted - columns) for wanted in module.COLUMNS), key=lambda lacking: _distance(lacking, columns))
+
+
+def _distance(lacking: list[str], columns: set[str]) -> tuple[bool, int]:
+    """How far columns are from a format: a missing one that looks misspelt is nearest, then the fewest missing."""
+    misspelt = bool(lacking) and bool(difflib.get_close_matches(lacking[0], columns, n=1, cutoff=0.7))
+    return not misspelt, len(lacking)
 
 
 def _missing(module: Source, columns: set[str]) -> str:
