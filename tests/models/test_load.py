@@ -114,9 +114,23 @@ def test_a_hub_model_that_cannot_be_had_is_one_clear_error(monkeypatch, tmp_path
     def refuse(*_, **__):
         raise OSError("We couldn't connect.\nlong story")
 
+    monkeypatch.setattr(load, "_hub_answers", lambda: True)
     monkeypatch.setattr(load.AutoTokenizer, "from_pretrained", refuse)
     with pytest.raises(UsageError, match=r"owner/model could not be loaded: We couldn't connect\.\nGive a model folder"):
         load.load_tokenizer("owner/model")
+
+
+def test_without_the_hub_its_cache_serves_and_nothing_is_asked_for(monkeypatch, folder):
+    monkeypatch.setattr(load, "_hub_answers", lambda: False)
+    monkeypatch.setattr(load, "snapshot_download", lambda name, local_files_only: str(folder))
+    assert load.load_causal("owner/tiny", device="cpu").num_parameters() == llama().num_parameters()
+
+    def absent(name, local_files_only):
+        raise FileNotFoundError(name)
+
+    monkeypatch.setattr(load, "snapshot_download", absent)
+    with pytest.raises(UsageError, match="owner/tiny could not be loaded: the hub cannot be reached, and its cache"):
+        load.load_causal("owner/tiny", device="cpu")
 
 
 # ---- loading

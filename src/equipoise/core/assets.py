@@ -216,6 +216,8 @@ def hub_reachable(asset: Asset | None = None) -> bool:
     try:
         with urllib.request.urlopen(request, timeout=HUB_TIMEOUT) as answer:
             return bool(answer.status == 200)
+    except urllib.error.HTTPError:
+        return asset is None  # it answers, if only to ask for a token
     except (OSError, ValueError):  # URLError and timeouts are OSErrors; a malformed endpoint is a ValueError
         return False
 

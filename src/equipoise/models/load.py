@@ -6,6 +6,7 @@ The only place that calls `from_pretrained`. Code that ships with a model is nev
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -284,12 +286,25 @@ def _load(kind: Any, resolved: str, **arguments: Any) -> Any:
     """`kind.from_pretrained`, with errors for people. ValueErrors pass: `_load_with_attention` reads them."""
     _quiet()
     try:
-        return kind.from_pretrained(resolved, **arguments)
+        return kind.from_pretrained(resolved if Path(resolved).is_dir() or _hub_answers() else _cached(resolved), **arguments)
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise UsageError(
             f"{resolved} could not be loaded: {first}\nGive a model folder, a hub name, or one of: {', '.join(assets.ASSETS)}."
         ) from error
+
+
+@functools.cache
+def _hub_answers() -> bool:
+    return assets.hub_reachable()
+
+
+def _cached(name: str) -> str:
+    """The folder of a hub model in the hub's own cache: without a network, asking for each file takes a minute of retries."""
+    try:
+        return snapshot_download(name, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise OSError("the hub cannot be reached, and its cache on this machine does not hold the model.") from error
 
 
 def _dtype(name: str) -> Any:
