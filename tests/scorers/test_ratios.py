@@ -1,0 +1,80 @@
+"""KL to the base and the implicit reward, against plain forwards worked token by token."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from equipoise.generation._base import Prompt, Sampling
+from equipoise.generation.local import LocalGenerator
+from equipoise.scorers._ratios import LogRatios, length_batches
+from equipoise.scorers.implicit import ImplicitReward
+from equipoise.scorers.kl_to_base import KlToBase, KlToBaseSettings
+
+
+def plain_logps(model, tokenizer, completion):
+    """Token by token, from one forward per position."""
+    ids = tokenizer(f"\n\nHuman: {completion.prompt[0].content}\n\nAssistant:")["input_ids"]
+    total = 0.0
+    for token in completion.token_ids:
+        with torch.no_grad():
+            total += torch.log_softmax(model(torch.tensor([ids])).logits[0, -1].double(), -1)[token].item()
+        ids = [*ids, token]
+    return total
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
+def test_ratios_are_those_of_plain_forwards(policy, base, byte_tokenizer, completions, batch_tokens):
+    ratios = LogRatios(policy, base, byte_tokenizer, batch_tokens=batch_tokens)
+    expected = [plain_logps(policy, byte_tokenizer, item) - plain_logps(base, byte_tokenizer, item) for item in completions]
+    kl = [verdict.value for verdict in KlToBase(ratios)(completions)]
+    assert kl == pytest.approx([value / len(item.token_ids) for value, item in zip(expected, completions, strict=True)], abs=1e-4)
+    implicit = ImplicitReward(ratios, beta=0.25)(completions)
+    assert [verdict.value for verdict in implicit] == pytest.approx([0.25 * value for value in expected], abs=1e-3)
+    assert {verdict.by for verdict in implicit} == {"implicit"}
+
+
+def test_a_model_is_at_no_distance_from_itself(policy, byte_tokenizer, completions):
+    verdicts = KlToBase(LogRatios(policy, copy.deepcopy(policy), byte_tokenizer))(completions)
+    assert [verdict.value for verdict in verdicts] == [0.0, 0.0, 0.0]
+
+
+def test_without_tokens_there_is_no_verdict(policy, base, byte_tokenizer, completions):
+    items = [completions[0], replace(completions[1], token_ids=()), completions[2]]
+    first, second, third = KlToBase(LogRatios(policy, base, byte_tokenizer))(items)
+    assert (second.value, second.reason) == (None, "no token ids")
+    assert None not in (first.value, third.value)
+    assert KlToBase(LogRatios(policy, base, byte_tokenizer))([]) == []
+
+
+def test_sampled_replies_estimate_the_kl_divergence(policy, base, byte_tokenizer, completions):
+    # One token a reply: the mean of log π − log π_base over samples is then KL(π ‖ π_base) of one distribution, known exactly.
+    prompts = [Prompt(str(number), completions[1].prompt) for number in range(1500)]
+    samples = LocalGenerator(policy, byte_tokenizer, stop=())(prompts, Sampling(max_new_tokens=1, temperature=1.0))
+    ids = torch.tensor([byte_tokenizer("\n\nHuman: bread ?\n\nAssistant:")["input_ids"]])
+    with torch.no_grad():
+        ours, theirs = (torch.log_softmax(model(ids).logits[0, -1].double(), -1) for model in (policy, base))
+    exact = (ours.exp() * (ours - theirs)).sum().item()
+    spread = ((ours.exp() * (ours - theirs) ** 2).sum().item() - exact**2) ** 0.5
+    values = [verdict.value for verdict in KlToBase(LogRatios(policy, base, byte_tokenizer))(samples)]
+    assert sum(values) / 1500 == pytest.approx(exact, abs=4 * spread / 1500**0.5)
+    assert exact > 0.1
+
+
+def test_settings_load_both_models(policy, base, byte_tokenizer, completions, tmp_path):
+    for name, model in (("policy", policy), ("base", base)):
+        model.save_pretrained(tmp_path / name)
+        byte_tokenizer.save_pretrained(tmp_path / name)
+    settings = KlToBaseSettings(model_name_or_path=str(tmp_path / "policy"), base_model_name_or_path=str(tmp_path / "base"), device="cpu")
+    values = [verdict.value for verdict in settings.build()(completions)]
+    assert values == [verdict.value for verdict in KlToBase(LogRatios(policy, base, byte_tokenizer))(completions)]
+    assert set(settings.inputs()) == {"policy", "base"}
+
+
+def test_rows_are_batched_longest_first_within_the_budget():
+    assert list(length_batches([3, 9, 5, 5], 15)) == [[1], [2, 3, 0]]
+    assert list(length_batches([3, 99], 10)) == [[1], [0]]
+    assert list(length_batches([], 10)) == []
