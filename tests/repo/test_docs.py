@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "src").rglob("*.md")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^()\s]+(?:\([^()]*\))?)\)|(?:src|href)=\"([^\"]+)\"")
-PATH = re.compile(r"`(?!\S*\bmy_)([\w.-]+(?:/[\w.-]+)+\.(?:py|md|yaml|txt|toml))`")
+PATH = re.compile(r"`(?!\S*my_)([\w.-]+(?:/[\w.-]+)+\.(?:py|md|yaml|txt|toml))`")
 
 
 def page_id(path: Path) -> str:
