@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,8 @@ from typing import Any
 import pytest
 
 from equipoise.study.report import build_report
+
+from .synthetic import build_study
 
 pytestmark = pytest.mark.browser
 ARGUMENTS = [
@@ -29,13 +29,7 @@ ARGUMENTS = [
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a made-up study of 300 prompts and ten arms."""
-    spec = importlib.util.spec_from_file_location("equipoise_synthetic_study", Path(__file__).with_name("synthetic.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return build_report(module.build_study(tmp_path_factory.mktemp("study") / "starter", prompts_per_axis=100, extra_arms=2))
+    return build_report(build_study(tmp_path_factory.mktemp("study") / "starter", prompts_per_axis=100, extra_arms=2))
 
 
 @pytest.fixture(scope="module")
@@ -167,15 +161,19 @@ def test_text_stands_out_from_its_ground(opened: Any) -> None:
     """WCAG 2.1 contrast, 4.5:1, of every piece of text against what is painted behind it, light and dark."""
     script = """() => {
       const parse = (text) => text.match(/[\\d.]+/g).map(Number);
-      const light = ([r, g, b]) => { const f = [r, g, b].map((v) => { v /= 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
-        return 0.2126 * f[0] + 0.7152 * f[1] + 0.0722 * f[2]; };
+      const linear = (value) => value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+      const light = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
+      const hidden = (node) => !node.checkVisibility() || node.closest("svg, option") || node.disabled;
       const poor = new Set();
       const walker = document.createTreeWalker(document.querySelector("main"), NodeFilter.SHOW_TEXT);
       while (walker.nextNode()) {
         const node = walker.currentNode.parentElement;
-        if (!walker.currentNode.textContent.trim() || !node.checkVisibility() || node.closest("svg") || node.disabled || node.closest("option")) continue;
+        if (!walker.currentNode.textContent.trim() || hidden(node)) continue;
         let ground = node, colour = [0, 0, 0, 0];
-        while (ground && (colour.length === 4 && colour[3] === 0)) { colour = parse(getComputedStyle(ground).backgroundColor); ground = ground.parentElement; }
+        while (ground && colour[3] === 0) {
+          colour = parse(getComputedStyle(ground).backgroundColor);
+          ground = ground.parentElement;
+        }
         const one = light(parse(getComputedStyle(node).color)), two = light(colour);
         const ratio = (Math.max(one, two) + 0.05) / (Math.min(one, two) + 0.05);
         if (ratio < 4.5) poor.add(`${node.tagName}.${node.className}: ${ratio.toFixed(2)}`);

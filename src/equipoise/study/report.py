@@ -31,11 +31,13 @@ _CAPTIONS = {
     ),
     "refusal_vs_compliance": (
         "Over-refusal beside unsafe compliance",
-        "Down and to the left is better. A model that refuses everything complies with nothing unsafe and is of no use: read the two together.",
+        "Down and to the left is better. A model that refuses everything complies with nothing unsafe and is of no use: "
+        "read the two together.",
     ),
     "threshold_sweep": (
         "How much the thresholds decide",
-        "A share of replies above a threshold depends on where the threshold is put. Where two lines cross, the ranking of two arms turns round.",
+        "A share of replies above a threshold depends on where the threshold is put. "
+        "Where two lines cross, the ranking of two arms turns round.",
     ),
     "training_curves": (
         "Training curves",

@@ -49,9 +49,10 @@ class Figure:
     def inline(self, suffix: str = "") -> str:
         """The SVG element for a page that has the figure rules and colours."""
         key = f"{self.name}{suffix}"
+        title, description = f'<title id="{key}-t">{escape(self.title)}</title>', f'<desc id="{key}-d">{escape(self.description)}</desc>'
         return (
             f'<svg class="fig" viewBox="0 0 {px(self.width)} {px(self.height)}" role="img" aria-labelledby="{key}-t {key}-d">'
-            f'<title id="{key}-t">{escape(self.title)}</title><desc id="{key}-d">{escape(self.description)}</desc>{"".join(self.parts)}</svg>'
+            f"{title}{description}{''.join(self.parts)}</svg>"
         )
 
     def standalone(self) -> str:

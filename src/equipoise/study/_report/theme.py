@@ -61,7 +61,8 @@ _FIGURE_RULES = (
 def _series_rules() -> str:
     names = [name for name in TOKENS if re.fullmatch(r"s\d|null|real|equivalent|undecided", name)]
     rules = [
-        f".fig .{name}{{stroke:var(--{name});fill:var(--{name})}}.fig text.{name}{{stroke:none}}.fig .line.{name},.fig .whisker.{name}{{fill:none}}"
+        f".fig .{name}{{stroke:var(--{name});fill:var(--{name})}}.fig text.{name}{{stroke:none}}"
+        f".fig .line.{name},.fig .whisker.{name}{{fill:none}}"
         for name in names
     ]
     return "".join(rules) + ".fig .hollow{fill:var(--paper)}.fig text.halo{stroke:var(--paper)}"

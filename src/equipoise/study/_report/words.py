@@ -114,7 +114,7 @@ def stamps(files: StudyFiles) -> list[Stamp]:
             )
         )
     elif independence.get("blocked"):
-        words = "The headline is withheld, because the judge is not independent; the study’s setting override_independence would show it, stamped"
+        words = "The headline is withheld, because the judge is not independent; the setting override_independence would show it, stamped"
         found.append(Stamp("alarm", words, _few(overlaps)))
     if unknown:
         found.append(Stamp("caution", "Nobody can say whether the judge is independent: what these were trained on is unknown", unknown))
@@ -263,7 +263,8 @@ def _prompts(files: StudyFiles) -> str:
 def _overlap(item: Mapping[str, Any]) -> str:
     similarity = numbers.finite(item.get("similarity"))
     near = f", similarity {similarity:.2f}" if similarity is not None and item.get("kind") != "exact" else ""
-    return f"{item.get('kind') or 'shared'} prompt between {_joined([str(side) for side in listing(item.get('between'))])}: {item.get('test_id')}{near}"
+    sides = _joined([str(side) for side in listing(item.get("between"))])
+    return f"{item.get('kind') or 'shared'} prompt between {sides}: {item.get('test_id')}{near}"
 
 
 def _few(items: Sequence[str], where: str = "evaluation/evaluation.json") -> list[str]:
