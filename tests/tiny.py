@@ -43,7 +43,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen2": _config("Qwen2Config", **_SHAPE),
     "qwen3": _config("Qwen3Config", **_SHAPE, head_dim=8),
     "gpt2": _config("GPT2Config", **_GPT, n_embd=32, n_layer=2, n_head=4, n_positions=128),
-    "opt": _config("OPTConfig", **_GPT, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128),
+    "opt": _config(
+        "OPTConfig", **_GPT, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128
+    ),
     "opt350m": _config(
         "OPTConfig",
         **_GPT,
@@ -72,7 +74,13 @@ DIFFICULT: dict[str, Callable[[], Any]] = {
         "FalconConfig", **_GPT, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=False, new_decoder_architecture=False
     ),
     "gpt_oss": _config(
-        "GptOssConfig", **_SHAPE, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=8, layer_types=["full_attention"] * 2
+        "GptOssConfig",
+        **_SHAPE,
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        sliding_window=8,
+        layer_types=["full_attention"] * 2,
     ),
     "gemma2": _config("Gemma2Config", **_SHAPE, head_dim=8, sliding_window=8),
     "gptj": _config("GPTJConfig", **_GPT, n_embd=32, n_layer=2, n_head=4, n_positions=128, rotary_dim=4),
@@ -110,6 +118,44 @@ def pairs(count: int = 8, seed: int = 0) -> list[TokenRow]:
     """Preference rows of very different lengths."""
     generator = np.random.default_rng(seed)
     return [
-        row(f"row-{number}", int(generator.integers(1, 24)), {"chosen": int(generator.integers(1, 14)), "rejected": int(generator.integers(1, 14))}, seed)
+        row(
+            f"row-{number}",
+            int(generator.integers(1, 24)),
+            {"chosen": int(generator.integers(1, 14)), "rejected": int(generator.integers(1, 14))},
+            seed,
+        )
         for number in range(count)
     ]
+
+
+def tokenizer() -> Any:
+    """A word-level chat tokenizer over `w0 … w79`: one token a word, `<|end|>` closes every turn."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "<|end|>", "[UNK]", "<|user|>", "<|assistant|>", "<|system|>"]
+    vocabulary = {token: index for index, token in enumerate([*special, *(f"w{number}" for number in range(80))])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="[UNK]",
+        pad_token="<pad>",
+        eos_token="<|end|>",
+        additional_special_tokens=["<|user|>", "<|assistant|>", "<|system|>"],
+    )
+    made.chat_template = (
+        "{% for message in messages %}<|{{ message.role }}|> {{ message.content }} <|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+    )
+    return made
+
+
+def preference_dicts(count: int = 12, seed: int = 0) -> list[dict[str, str]]:
+    """TRL's columns: what a user hands over in memory."""
+    generator = np.random.default_rng(seed)
+
+    def words(least: int, most: int) -> str:
+        return " ".join(f"w{word}" for word in generator.integers(0, 80, int(generator.integers(least, most))))
+
+    return [{"prompt": words(3, 20), "chosen": words(2, 12), "rejected": words(2, 12)} for _ in range(count)]

@@ -32,7 +32,12 @@ CPU = torch.device("cpu")
 def labelled(count: int = 8) -> list[TokenRow]:
     generator = np.random.default_rng(1)
     return [
-        row(f"k{number}", int(generator.integers(1, 20)), {"sample": int(generator.integers(1, 9)), "mismatched": int(generator.integers(1, 9))}, label=number % 2)
+        row(
+            f"k{number}",
+            int(generator.integers(1, 20)),
+            {"sample": int(generator.integers(1, 9)), "mismatched": int(generator.integers(1, 9))},
+            label=number % 2,
+        )
         for number in range(count)
     ]
 
@@ -50,7 +55,12 @@ def step_gradient(streams: list[Stream], budget: int, form: Form = "packed", mod
     """Loss and gradient of one step over all rows, cut by the budget."""
     model = model or tiny(seed=3)
     planner = Planner(
-        tuple(stream.lengths for stream in streams), len(streams[0].rows), budget, shuffle=False, shared=form == "packed", padded=form == "padded"
+        tuple(stream.lengths for stream in streams),
+        len(streams[0].rows),
+        budget,
+        shuffle=False,
+        shared=form == "packed",
+        padded=form == "padded",
     )
     runner = StepRunner(streams, Forward(form, CPU), Meters(), backward=lambda loss: loss.backward(), sync=lambda last: nullcontext())
     with nullcontext() if form == "padded" else attention_of(model, NAME):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -124,12 +124,6 @@ def pack(rows: Sequence[TokenRow], form: Form = "packed", pad_id: int = 0) -> Pa
 
     shape = (len(pieces), width) if form == "padded" else (1, start)
     lengths = np.array([span.length for span in spans])
-    branches = [branch for row in rows for branch in row.branches]
-    counts = [len(branch.ids) for branch in branches]
-    mask = np.zeros((len(branches), max(counts)), dtype=bool)
-    for index, branch in enumerate(branches):
-        mask[index, : counts[index]] = branch.marks["learn"]
-    names = sorted({name for branch in branches for name in branch.facts})
     return PackedBatch(
         ids=_tensor(np.concatenate(ids)).view(shape),
         positions=_tensor(np.concatenate(positions)).view(shape),
@@ -137,15 +131,28 @@ def pack(rows: Sequence[TokenRow], form: Form = "packed", pad_id: int = 0) -> Pa
         padding=torch.from_numpy(np.arange(width)[None, :] < lengths[:, None]) if form == "padded" else None,
         segments=_tensor(np.concatenate(segments)).view(shape),
         source=_tensor(np.concatenate(source)),
-        target=_tensor(np.concatenate([branch.ids for branch in branches])),
-        branch=_tensor(np.repeat(np.arange(len(branches)), counts)),
-        offset=_tensor(np.concatenate([np.arange(count) for count in counts])),
-        unit=_tensor(np.repeat(np.arange(len(rows)), [len(row.branches) for row in rows])),
-        role=_tensor(np.array([REPLY_ROLES.index(branch.role) for branch in branches])),  # type: ignore[arg-type]
-        mask=torch.from_numpy(mask),
-        facts={name: torch.tensor([branch.facts.get(name, np.nan) for branch in branches], dtype=torch.float64) for name in names},
         row_ids=tuple(row.id for row in rows),
+        **_branches(rows),
     )
+
+
+def _branches(rows: Sequence[TokenRow]) -> dict[str, Any]:
+    """The fields that know replies, not positions: the same for every form."""
+    branches = [branch for row in rows for branch in row.branches]
+    counts = [len(branch.ids) for branch in branches]
+    mask = np.zeros((len(branches), max(counts)), dtype=bool)
+    for index, branch in enumerate(branches):
+        mask[index, : counts[index]] = branch.marks["learn"]
+    names = sorted({name for branch in branches for name in branch.facts})
+    return {
+        "target": _tensor(np.concatenate([branch.ids for branch in branches])),
+        "branch": _tensor(np.repeat(np.arange(len(branches)), counts)),
+        "offset": _tensor(np.concatenate([np.arange(count) for count in counts])),
+        "unit": _tensor(np.repeat(np.arange(len(rows)), [len(row.branches) for row in rows])),
+        "role": _tensor(np.array([REPLY_ROLES.index(branch.role) for branch in branches])),  # type: ignore[arg-type]
+        "mask": torch.from_numpy(mask),
+        "facts": {name: torch.tensor([branch.facts.get(name, np.nan) for branch in branches], dtype=torch.float64) for name in names},
+    }
 
 
 def _tensor(values: np.ndarray) -> Tensor:

@@ -257,6 +257,8 @@ class _Fit:
 
     def _arguments(self) -> TrainingArguments:
         settings = self.settings
+        # Named only when wanted: transformers is renaming it, and warns whenever the old name is spoken.
+        recompute: dict[str, Any] = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
         return TrainingArguments(
             output_dir=str(self.folder / "checkpoints"),
             per_device_train_batch_size=1,
@@ -270,8 +272,6 @@ class _Fit:
             adam_beta1=settings.adam_beta1,
             adam_beta2=settings.adam_beta2,
             optim=settings.optim,
-            gradient_checkpointing=settings.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
             logging_steps=settings.logging_steps,
             logging_nan_inf_filter=False,
             eval_strategy=("steps" if settings.eval_steps else "epoch") if self.dev else "no",
@@ -287,6 +287,7 @@ class _Fit:
             remove_unused_columns=False,
             ddp_find_unused_parameters=False,
             disable_tqdm=True,
+            **(recompute if settings.gradient_checkpointing else {}),
         )
 
     def _save(self, trainer: PreferenceTrainer) -> None:
@@ -304,10 +305,10 @@ class _Fit:
         """FLOPs are counted as 2 a weight and token forward, 2 backward for activations, 2 more where weights have gradients."""
         total = sum(parameter.numel() for parameter in policy.parameters())
         trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
-        tokens = trainer.cost["unique_tokens"]
+        spent = trainer.spent()
         cost = {
-            **trainer.cost,
-            "flops": float(tokens * (4 * total + 2 * trained) + 2 * total * self.reference_cost["tokens"]),
+            **spent,
+            "flops": float(spent["unique_tokens"] * (4 * total + 2 * trained) + 2 * total * self.reference_cost["tokens"]),
             "seconds": round(seconds, 3),
             "reference_seconds": self.reference_cost["seconds"],
             "reference_tokens": self.reference_cost["tokens"],

@@ -74,8 +74,6 @@ class PreferenceTrainer(Trainer):
         self.streams, self.dev, self.dev_planner, self.forward = streams, dev, dev_planner, forward
         self.meters = Meters()
         self.runner: StepRunner | None = None
-        self.positions = 0
-        self.cost = {"pairs": 0, "unique_tokens": 0, "trained_tokens": 0, "flops": 0.0}
 
     # The library's hooks, in the order it calls them.
 
@@ -97,7 +95,6 @@ class PreferenceTrainer(Trainer):
                 rank=self.args.process_index,
                 world_size=self.args.world_size,
             )
-        self._count(step)
         return self.runner.run(model, step)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -148,12 +145,16 @@ class PreferenceTrainer(Trainer):
             name: float(value.double().mean()) for name, value in meters.items() if len(value)
         }
 
-    def _count(self, step: Step) -> None:
-        lengths = self.steps.planner.lengths
-        for index, (stream, rows) in enumerate(zip(self.streams, step.rows, strict=True)):
-            self.cost["pairs"] += len(rows)
-            self.cost["unique_tokens"] += sum(lengths[index][row][0] + sum(lengths[index][row][1]) for row in rows)
-            self.cost["trained_tokens"] += sum(int(branch.marks["learn"].sum()) for row in rows for branch in stream.rows[row].branches)
+    def spent(self) -> dict[str, int]:
+        """Units, unique tokens (a shared prompt once) and learned tokens of all steps so far, also those before a resume."""
+        spent = {"pairs": 0, "unique_tokens": 0, "trained_tokens": 0}
+        planner = self.steps.planner
+        for number in range(self.state.global_step):
+            for stream, lengths, rows in zip(self.streams, planner.lengths, planner.step(number).rows, strict=True):
+                spent["pairs"] += len(rows)
+                spent["unique_tokens"] += sum(lengths[row][0] + sum(lengths[row][1]) for row in rows)
+                spent["trained_tokens"] += sum(int(branch.marks["learn"].sum()) for row in rows for branch in stream.rows[row].branches)
+        return spent
 
 
 class _EpochOfSteps(TrainerCallback):

@@ -1,0 +1,244 @@
+"""The door to training, end to end on tiny models: what comes out, what is refused, what a kill leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from equipoise.core.errors import NumericsError, StageError, UsageError
+from equipoise.core.files import read_json, read_jsonl
+from equipoise.objectives._base import Needs, Scored
+from equipoise.training.checkpoints import newest_complete
+from equipoise.training.fit import fit
+from equipoise.training.settings import TrainSettings
+from tests.tiny import preference_dicts, tiny, tokenizer
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    folder = tmp_path / "base"
+    tiny(seed=5).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def settings(base: Path, out: Path, **values: Any) -> TrainSettings:
+    defaults = {
+        "model_name_or_path": str(base),
+        "output_dir": str(out),
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 2,
+        "token_budget": 100,
+        "reference_store": str(out.parent / "store"),
+    }
+    return TrainSettings.make(defaults | values)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(folder.glob("*.safetensors")))
+
+
+def test_dpo_starts_at_ln_2_and_learns(base: Path, tmp_path: Path) -> None:
+    run = fit(settings(base, tmp_path / "out"), train_dataset=preference_dicts(), eval_dataset=preference_dicts(4, seed=9))
+    log = [line for line in read_jsonl(run.folder / "log.jsonl") if "loss" in line]
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert log[-1]["loss"] < 0.5
+    assert log[-1]["rewards/margins"] > 0
+    assert len(log) == run.results["steps"] == 6
+    assert {"eval_loss", "eval_rewards/accuracies"} <= run.results["dev"].keys()
+    model = AutoModelForCausalLM.from_pretrained(run.folder / "model")
+    assert model.config.vocab_size == 96
+    assert read_json(run.folder / "start_check.json")["form"] == "packed"
+    assert read_json(run.folder / "accounting.json")["main"]["train"][0]["rows_in"] == 12
+    assert (run.folder / "trained_on.npz").is_file()
+    assert run.results["cost"]["pairs"] == 24
+    assert not list(run.folder.rglob("*.bin")), "nothing is pickled into the model folder"
+
+
+def test_a_finished_run_is_not_run_again(base: Path, tmp_path: Path) -> None:
+    wanted = settings(base, tmp_path / "out", max_steps=1)
+    first = fit(wanted, train_dataset=preference_dicts())
+    again = fit(wanted, train_dataset=preference_dicts())
+    assert again.skipped
+    assert again.results == first.results
+    with pytest.raises(StageError, match="learning_rate"):
+        fit(settings(base, tmp_path / "out", max_steps=1, learning_rate=1e-3), train_dataset=preference_dicts())
+
+
+def test_lora_takes_its_reference_with_the_adapter_off(base: Path, tmp_path: Path) -> None:
+    run = fit(settings(base, tmp_path / "lora", use_peft=True, lora_r=4), train_dataset=preference_dicts())
+    full = fit(settings(base, tmp_path / "full", max_steps=1), train_dataset=preference_dicts())
+    assert (run.folder / "model" / "adapter_config.json").is_file()
+    assert run.results["cost"]["reference_tokens"] > 0
+    # Same reference weights, rows and numerics: the full run reads the store the LoRA run filled.
+    assert full.results["cost"]["reference_tokens"] == 0
+    log = [line for line in read_jsonl(run.folder / "log.jsonl") if "loss" in line]
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert log[-1]["loss"] < log[0]["loss"]
+
+
+def test_an_adapter_goes_on_and_its_own_start_is_the_reference(base: Path, tmp_path: Path) -> None:
+    first = fit(settings(base, tmp_path / "sft", use_peft=True, streams=[{"objective": {"name": "sft"}}]), train_dataset=preference_dicts())
+    second = fit(settings(first.folder / "model", tmp_path / "dpo", use_peft=True, max_steps=2), train_dataset=preference_dicts())
+    log = [line for line in read_jsonl(second.folder / "log.jsonl") if "loss" in line]
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    merged = fit(settings(first.folder / "model", tmp_path / "full", max_steps=1), train_dataset=preference_dicts())
+    assert (merged.folder / "model" / "model.safetensors").is_file()
+
+
+def test_the_store_outlives_learning_rate_and_beta(base: Path, tmp_path: Path) -> None:
+    fit(settings(base, tmp_path / "one", max_steps=1), train_dataset=preference_dicts())
+    other = settings(base, tmp_path / "two", max_steps=1, learning_rate=1e-4, streams=[{"objective": {"name": "dpo", "beta": 0.5}}])
+    assert fit(other, train_dataset=preference_dicts()).results["cost"]["reference_tokens"] == 0
+
+
+def test_objects_in_memory_callbacks_and_a_users_loss(tmp_path: Path) -> None:
+    class Count(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.steps += 1
+
+    def imitate(scored: Scored) -> torch.Tensor:
+        return -scored.side("chosen").policy_logps()
+
+    counter, model = Count(), tiny(seed=5)
+    run = fit(
+        TrainSettings.make(
+            {"model_name_or_path": "in memory", "output_dir": str(tmp_path / "out"), "learning_rate": 1e-2, "num_train_epochs": 3}
+        ),
+        model=model,
+        tokenizer=tokenizer(),
+        train_dataset=preference_dicts(),
+        objective=imitate,
+        needs=Needs(roles=("chosen", "rejected")),
+        callbacks=[counter],
+    )
+    assert counter.steps == run.results["steps"] == 6
+    log = [line["loss"] for line in read_jsonl(run.folder / "log.jsonl") if "loss" in line]
+    assert log[-1] < log[0]
+
+
+def test_kto_and_streams(base: Path, tmp_path: Path) -> None:
+    kto = fit(settings(base, tmp_path / "kto", streams=[{"objective": {"name": "kto"}}]), train_dataset=preference_dicts())
+    log = [line for line in read_jsonl(kto.folder / "log.jsonl") if "loss" in line]
+    # At the reference r = z = 0, so every reply costs ½.
+    assert log[0]["loss"] == pytest.approx(0.5, abs=1e-6)
+    assert "kl" in log[-1]
+    path = tmp_path / "buffer.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in preference_dicts(5, seed=3)))
+    streams = [
+        {"name": "safety", "objective": {"name": "dpo"}},
+        {"name": "buffer", "data": {"dataset_name": str(path)}, "objective": {"name": "dpo"}, "weight": 0.5},
+    ]
+    both = fit(settings(base, tmp_path / "both", streams=streams), train_dataset=preference_dicts())
+    first = next(line for line in read_jsonl(both.folder / "log.jsonl") if "loss" in line)
+    assert first["loss"] == pytest.approx(1.5 * math.log(2), abs=1e-6)
+    assert {"safety/rewards/margins", "buffer/rewards/margins"} <= first.keys()
+
+
+def test_a_reward_model(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    folder = tmp_path / "base"
+    tiny(seed=5).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    run = fit(
+        settings(folder, tmp_path / "rm", num_train_epochs=8, streams=[{"objective": {"name": "bradley_terry"}}]),
+        train_dataset=preference_dicts(),
+    )
+    log = [line for line in read_jsonl(run.folder / "log.jsonl") if "loss" in line]
+    assert log[-1]["loss"] < log[0]["loss"]
+    model = AutoModelForSequenceClassification.from_pretrained(run.folder / "model")
+    assert model.config.num_labels == 1
+
+
+def test_another_reference_model(base: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    tiny(seed=8).save_pretrained(other)
+    tokenizer().save_pretrained(other)
+    run = fit(settings(base, tmp_path / "out", reference_model=str(other), max_steps=1), train_dataset=preference_dicts())
+    first = next(line for line in read_jsonl(run.folder / "log.jsonl") if "loss" in line)
+    assert abs(first["loss"] - math.log(2)) > 1e-3
+
+
+def test_what_cannot_work_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Did you mean 'dpo'"):
+        fit(settings(base, tmp_path / "a", streams=[{"objective": {"name": "dpoo"}}]), train_dataset=preference_dicts())
+    with pytest.raises(UsageError, match="betta"):
+        fit(settings(base, tmp_path / "b", streams=[{"objective": {"name": "dpo", "betta": 1}}]), train_dataset=preference_dicts())
+    with pytest.raises(UsageError, match="No weight is left"):
+        fit(settings(base, tmp_path / "c", trainable="no_such_weight"), train_dataset=preference_dicts())
+    with pytest.raises(UsageError, match="no data"):
+        fit(settings(base, tmp_path / "d"))
+    with pytest.raises(UsageError, match="is not a folder"):
+        fit(settings(tmp_path / "nowhere", tmp_path / "e"), train_dataset=preference_dicts())
+
+
+def test_a_loss_that_blows_up_stops_the_run(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(NumericsError, match="not finite for rows"):
+        fit(
+            settings(base, tmp_path / "out"),
+            train_dataset=preference_dicts(),
+            objective=lambda scored: scored.side("chosen").logratios() * torch.inf,
+        )
+    assert not (tmp_path / "out" / "done.json").exists()
+
+
+SCRIPT = """
+import json, os, signal, sys
+import torch
+torch.set_num_threads(1)
+from transformers import TrainerCallback
+from equipoise.training.fit import fit
+from equipoise.training.settings import TrainSettings
+from tests.tiny import preference_dicts
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+settings = TrainSettings.make(json.loads(sys.argv[1]))
+fit(settings, train_dataset=preference_dicts(), eval_dataset=preference_dicts(4, seed=9), callbacks=[Kill()])
+"""
+
+
+def test_kill_9_then_the_same_bytes(base: Path, tmp_path: Path) -> None:
+    """Killed in the middle of an epoch, after a checkpoint: the resumed run ends with the bytes of one never killed."""
+    wanted = settings(base, tmp_path / "killed", save_steps=2, use_peft=True, lora_dropout=0.2, lora_r=4)
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parents[2]))
+    command = [sys.executable, "-c", SCRIPT]
+    killed = subprocess.run([*command, json.dumps(wanted.resolved()), "5"], env=environment, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    checkpoint = newest_complete(tmp_path / "killed" / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.name == "checkpoint-4"
+    # A save that was cut short must not be resumed from.
+    (tmp_path / "killed" / "checkpoints" / "checkpoint-5").mkdir()
+    data = {"train_dataset": preference_dicts(), "eval_dataset": preference_dicts(4, seed=9)}
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        resumed = fit(wanted, **data)
+        whole = fit(settings(base, tmp_path / "whole", save_steps=2, use_peft=True, lora_dropout=0.2, lora_r=4), **data)
+    finally:
+        torch.set_num_threads(before)
+    one, other = (run.folder / "model" / "adapter_model.safetensors" for run in (resumed, whole))
+    assert one.read_bytes() == other.read_bytes()
+    assert not (tmp_path / "killed" / "checkpoints").exists()
+    losses = [[line["loss"] for line in read_jsonl(run.folder / "log.jsonl") if "loss" in line] for run in (resumed, whole)]
+    assert losses[0] == losses[1]
+    assert resumed.results["cost"]["pairs"] == whole.results["cost"]["pairs"]
