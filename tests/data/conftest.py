@@ -88,4 +88,9 @@ def metaspace_tokenizer() -> Any:
     backend.decoder = decoders.Metaspace(prepend_scheme="always")
     trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=list("abcdefghij\n:HumanAsist▁"))
     backend.train_from_iterator(["abc def ghi\nabc", "abc abc"], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.content }}"
+        "{% if loop.last and message.role == 'assistant' %}</s>{% else %}{{ '\\n' }}{% endif %}{% endfor %}"
+    )
+    return tokenizer

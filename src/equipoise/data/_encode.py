@@ -13,7 +13,7 @@ from equipoise.data.transcripts import Conversation, Renderer
 EOS_ADDED = "the chat template ends replies without a special token; the end-of-sequence token was added"
 SPECIAL_INSIDE = "a special token is written out inside a reply"
 
-_ANCHOR = "\n"
+_ANCHOR = "\ue000"  # a private character: no vocabulary merges it with what follows
 
 
 class Encoder:

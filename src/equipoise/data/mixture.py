@@ -17,13 +17,14 @@ from equipoise.core.prints import PromptPrints, conversation_text
 from equipoise.core.records import Message, Record
 from equipoise.data.accounting import Accounting
 
+_EDGES = " .,;:!?…\"'“”‘’()[]*_-"
 PARTS = ("train", "dev", "test")
 
 
 def cluster(first_turn: str) -> str:
     """The name of a prompt's cluster: its first user turn without case, spacing, and punctuation at its ends."""
     folded = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", first_turn).casefold()).strip()
-    return re.sub(r"^[\W_]+|[\W_]+$", "", folded) or folded
+    return folded.strip(_EDGES) or folded
 
 
 def part_of(name: str, fractions: tuple[float, float, float] = (0.8, 0.1, 0.1), seed: int = 0) -> str:
