@@ -51,10 +51,11 @@ class Comparison:
     def as_json(self) -> dict[str, Any]:
         """One entry of `comparisons` in evaluation.json."""
         better = self.prob_a_better
-        figures = ("difference", "low", "high", "p", "p_holm", "margin")
+        figures = ("difference", "low", "high", "margin")
         return {
             **{name: getattr(self, name) for name in ("a", "b", "metric", "primary", "n", "missing", "unit")},
-            **{name: rounded(getattr(self, name), 9 if name.startswith("p") else 6) for name in figures},
+            **{name: rounded(getattr(self, name)) for name in figures},
+            **{name: None if (p := getattr(self, name)) is None else float(f"{p:.6g}") for name in ("p", "p_holm")},
             "per_seed": [rounded(value) for value in self.by_seed],
             **{name: getattr(self, name) for name in ("test", "verdict", "reason", "n_needed")},
             "prob_a_better": better and {name: rounded(getattr(better, name)) for name in ("value", "low", "high")},

@@ -56,8 +56,9 @@ def rank_changes(rows: Sequence[Row], used: float, arms: Sequence[str], title: s
         warnings.append(f"{title}: the leading arm depends on the threshold. At {used:g} it is {here}; elsewhere {', '.join(elsewhere)}.")
     swapped = [f"{a} and {b}" for a, b in combinations(arms, 2) if _swap(values, a, b)]
     if swapped:
+        how_many = "two arms" if len(swapped) == 1 else f"{len(swapped)} pairs of arms"
         span = f"{rows[0]['threshold']:g} and {rows[-1]['threshold']:g}"
-        warnings.append(f"{title}: between thresholds {span} the order of {len(swapped)} pairs of arms turns around: {', '.join(swapped)}.")
+        warnings.append(f"{title}: between thresholds {span} the order of {how_many} turns around: {', '.join(swapped)}.")
     return warnings
 
 
