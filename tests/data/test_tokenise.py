@@ -166,6 +166,7 @@ def test_a_template_without_an_end_gets_one_and_one_without_system_turns_too(wor
     refusing = word_tokenizer("{{ raise_exception('never') }}")
     made, accounting = tokenise(rows, refusing, TokeniseSettings(), PAIR)
     assert (len(made), accounting.dropped["the chat template refuses this conversation"].count) == (0, 2)
+    assert accounting.notes == {"the chat template said: never": 2}
     with pytest.raises(DataError, match=r"Prompt 1 .*the chat template refuses"):
         prompt_ids(rows[0].prompt, refusing, TokeniseSettings())
 

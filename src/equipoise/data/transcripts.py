@@ -132,14 +132,17 @@ class Renderer:
             return [self._chat_one(conversation, add_generation_prompt) for conversation in conversations]
 
     def _chat_one(self, conversation: Conversation, add_generation_prompt: bool) -> str | None:
+        refusal = ""
         for turns in (conversation, _folded(conversation)):
             try:
                 text: str = self._apply([_dicts(turns)], add_generation_prompt)[0]
-            except Exception:  # the next way is tried; a conversation refused both ways is counted by the caller
+            except Exception as error:  # the next way is tried; a conversation refused both ways is counted by the caller
+                refusal = next(iter(str(error).splitlines()), type(error).__name__)[:100]
                 continue
             if turns is not conversation and add_generation_prompt:
                 self.notes[SYSTEM_FOLDED] += 1
             return text
+        self.notes[f"the chat template said: {refusal}"] += 1
         return None
 
     def _apply(self, conversations: list[list[dict[str, str]]], add_generation_prompt: bool) -> list[str]:
