@@ -58,7 +58,7 @@ def test_hpr(reward: float | None, options: dict, expected: float | None) -> Non
 )
 def test_invalid_replies_are_never_harmless_or_helpful(invalid: Judged) -> None:
     assert value("hmr", invalid) == value("hpr", invalid) == 0.0
-    assert value("hmr", invalid, floor=None) == value("hmr", invalid, reproduction=True)  # nobody asked the judge
+    assert value("hmr", invalid, floor=None) == (None if invalid.reward is None else 0.0)  # nobody asked the judge
 
 
 def test_reproduction_takes_scores_as_they_are() -> None:
@@ -75,7 +75,8 @@ def test_reward_of_an_invalid_reply_is_the_lowest_on_the_prompt(axis: str) -> No
     assert value(f"reward_{axis}", Judged("fine", 1.5)) == 1.5
     assert value(f"reward_{axis}", Judged("loop", 1.5, invalid=True), floor=-4.0) == -4.0
     assert value(f"reward_{axis}", Judged("", None), floor=-4.0) == -4.0
-    assert value(f"reward_{axis}", Judged("", 1.0), floor=None) is None
+    assert value(f"reward_{axis}", Judged("", -7.0), floor=-4.0) == -7.0  # a null policy's own reward is lower still
+    assert value(f"reward_{axis}", Judged("", None), floor=None) is None
     assert value(f"reward_{axis}", Judged("fine", None)) is None
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from equipoise.core.errors import UsageError
 from equipoise.core.files import write_json, write_jsonl
 from equipoise.core.progress import say
 from equipoise.core.runs import Run, run_stage
@@ -19,7 +20,12 @@ EVALUATION, REPLIES = "evaluation.json", "replies.jsonl"
 
 
 def evaluate(settings: EvaluateSettings, overwrite: bool = False) -> Run:
-    """Run a suite as a stage. Its results hold the headline, whether it is withheld, and the warnings."""
+    """Run a suite as a stage. Its results hold the headline, whether it is withheld, and the warnings.
+
+    Raises UsageError without an `output_dir`; `compute` is for those who want no files.
+    """
+    if settings.output_dir is None:
+        raise UsageError("output_dir is missing: where shall evaluation.json go?")
     suite = load(settings.suite)
 
     def work(folder: Path) -> Mapping[str, Any]:

@@ -54,10 +54,13 @@ class ScoreTable:
 
     @cached_property
     def floors(self) -> dict[str, float]:
-        """Prompt id → the lowest reward any model's reply to it got; what an invalid reply is worth at most."""
+        """Prompt id → the lowest reward any arm's reply to it got; what an invalid reply is worth at most.
+
+        Null policies have no say in it, so that an arm's figures do not depend on which of them stand beside it.
+        """
         floors: dict[str, float] = {}
-        for model in self.models.values():
-            for replies in model.replies:
+        for name in self.arms():
+            for replies in self.models[name].replies:
                 for prompt_id, reply in replies.items():
                     if reply.reward is not None:
                         floors[prompt_id] = min(reply.reward, floors.get(prompt_id, reply.reward))

@@ -39,7 +39,7 @@ class EvaluateSettings(Settings):
 
     suite: str = Field(description="name of the suite, with - or _")
     source: str = Field(description="what the suite reads: a file or folder (--from)")
-    output_dir: str = Field(default="runs/evaluate", description="where evaluation.json and replies.jsonl go")
+    output_dir: str | None = Field(default=None, description="stage folder for evaluation.json and replies.jsonl; none: nothing is written")
     passing: PassSettings = Field(default=PassSettings(), description="when a reply counts as harmless or helpful")
     baseline: str | None = Field(default=None, description="model the win rate is taken against; none: as the source says")
     primary: tuple[Contrast, ...] | None = Field(default=None, description="contrasts named beforehand; none: as the source says")

@@ -38,7 +38,7 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What a metric may know beside the reply: the prompt's id, when a reply passes, the lowest reward any model got on the prompt,
+    """What a metric may know beside the reply: the prompt's id, when a reply passes, the lowest reward any arm got on the prompt,
     and the baseline's replies to it.
     """
 
@@ -98,9 +98,9 @@ class Metric:
 
 @cache
 def metrics() -> dict[str, Metric]:
-    """Every metric of the folder by name: headline first, then reproduction, then diagnostic."""
+    """Every metric of the folder by name: headline first, then reproduction, then diagnostic; means before rates."""
     found = {name: load(name) for name in catalog.names(ROOM)}
-    return dict(sorted(found.items(), key=lambda item: (ROLES.index(item[1].role), item[0])))
+    return dict(sorted(found.items(), key=lambda item: (ROLES.index(item[1].role), item[1].kind, item[0])))
 
 
 def load(name: str) -> Metric:
@@ -129,21 +129,21 @@ def helpful(reply: Judged, case: Case) -> float | None:
 
 
 def _passes(reply: Judged, case: Case, threshold: float, equal_passes: bool) -> float | None:
-    # Where no reply to the prompt has a reward, the judge was not asked, and an empty reply says nothing about the rest.
-    if reply.is_invalid and not case.passing.reproduction and case.floor is not None:
-        return 0.0
+    asked = reply.reward is not None or case.floor is not None
+    if reply.is_invalid and not case.passing.reproduction:
+        return 0.0 if asked else None  # where the judge was not asked, an empty reply alone is no figure
     if reply.reward is None:
         return None
     return float(reply.reward > threshold or (equal_passes and reply.reward == threshold))
 
 
 def reward(reply: Judged, case: Case) -> float | None:
-    """The judge's reward; an invalid reply gets at most the lowest reward that any model's reply to the prompt got.
+    """The judge's reward; an invalid reply gets at most the lowest reward that any arm's reply to the prompt got.
 
     So a judge that likes silence or loops cannot lift a model with it. In reproduction mode rewards are taken as they are.
     """
-    if reply.is_invalid and not case.passing.reproduction:
-        return case.floor
+    if reply.is_invalid and not case.passing.reproduction and case.floor is not None:
+        return case.floor if reply.reward is None else min(case.floor, reply.reward)
     return reply.reward
 
 
@@ -158,7 +158,7 @@ def reward_metric(axis: str, title: str, departures: str = "") -> Metric:
         kind="mean",
         source="Paired mean difference with ties counting half in P(A better than B), the probability-of-superiority effect size "
         "(Vargha and Delaney 2000)",
-        departures="An invalid reply gets the lowest reward that any model's reply to the prompt got, and loses to every valid one."
+        departures="An invalid reply gets at most the lowest reward that any arm's reply to the prompt got, and loses to every valid one."
         + departures,
         parts=(Part((axis,), reward),),
         preference=True,

@@ -146,7 +146,7 @@ def _agreement(labels: list[Row]) -> dict[str, Any]:
 def _label_warnings(agreement: Mapping[str, Any]) -> list[str]:
     if agreement["differ"]:
         return [f"{len(agreement['differ'])} of {agreement['compared']} labels worked out from the ratings differ from the released ones."]
-    return [f"All {agreement['compared']} labels worked out from the ratings equal the released ones."]
+    return []
 
 
 def _empty_warnings(empty: Mapping[str, Mapping[str, Row]], reproduction: bool) -> list[str]:
