@@ -122,13 +122,12 @@ def build_study(folder: Path, prompts_per_axis: int = 30, extra_arms: int = 0, s
 
 
 def _lock(arms: dict[str, float], prompts_per_axis: int) -> dict[str, Any]:
-    stage = {"sft": "sft", "dpo": "dpo"}
     study = {
         "name": "starter_comparison",
         "description": "Base, SFT, DPO and SFT+DPO on the same pairs, to see whether the order of two cheap methods matters at this size.",
         "model_name_or_path": "smollm2-135m-instruct",
         "data": {"harmless": {"dataset_name": "../shared/data/hh-harmless-base/pairs.jsonl.gz"}, "helpful": {"dataset_name": "starter"}},
-        "arms": {name: [stage.get(part, part) for part in name.split("_")] if name != "base" else [] for name in arms} | {"kto": ["kto"]},
+        "arms": {name: name.split("_") if name != "base" else [] for name in arms} | {"kto": ["kto"]},
         "seeds": [0, 1],
         "judge": {"name": "minilm", "model_name_or_path": "minilm-l6"},
         "evaluation": {"sampling": {"max_new_tokens": 64, "temperature": 0.0}, "baseline": "base", "null_policies": list(NULLS)},
@@ -302,6 +301,7 @@ def _evaluation(arms: dict[str, float], n: int, draw: random.Random) -> dict[str
             },
         },
         "independence": {
+            "counts": {"judge training and test": 7, "policy training and test": 0},
             "blocked": True,
             "overridden": True,
             "overlaps": [
@@ -332,14 +332,16 @@ def _comparisons(n: int) -> list[dict[str, Any]]:
             "difference": difference,
             "low": round(difference - half, 4),
             "high": round(difference + half, 4),
-            "unit": METRICS[metric]["unit"],
+            "unit": "percentage points" if METRICS[metric]["unit"] == "%" else METRICS[metric]["unit"],
             "p": p,
             "p_holm": round(min(1, 3 * p), 4) if primary else None,
-            "test": "exact McNemar" if METRICS[metric]["unit"] == "%" else "sign flips",
+            "test": "exact McNemar (12 to 5); Bonett-Price interval"
+            if METRICS[metric]["unit"] == "%"
+            else "sign-flip (20,000 draws); paired bootstrap (BCa)",
             "verdict": verdict,
             "margin": 0.2 if metric.startswith("reward") else None,
             "n_needed": needed,
-            "prob_a_better": 0.5 + difference / 4 if metric.startswith("reward") else None,
+            "prob_a_better": {"value": 0.5 + difference / 4, "low": 0.3, "high": 0.8} if metric.startswith("reward") else None,
         }
 
     return [

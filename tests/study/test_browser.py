@@ -148,7 +148,8 @@ def test_turns_dark_by_the_system_and_by_the_button_and_remembers(opened: Any) -
 def test_the_page_never_scrolls_sideways(opened: Any, width: int) -> None:
     page = opened(width=width, height=844)
     assert page.evaluate("document.documentElement.scrollWidth") == width
-    page.locator("details summary").click()
+    for summary in page.locator("details > summary").all():
+        summary.click()
     assert page.evaluate("document.documentElement.scrollWidth") == width
     if width < 768:
         table = page.locator(".scroller").first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -108,11 +109,13 @@ def test_figures_in_the_tables_are_those_of_the_evaluation(finished: Path) -> No
         for model, entry in evaluation["models"].items():
             assert rows[model] == [entry["estimates"][name]["value"] for name in metrics], (role, model)
         assert rows["kto"] == [None] * len(metrics)
-    contrasts = page.values["table-contrasts"]
-    told = [row for row in contrasts if len(row) > 5 and row[2] is not None]
-    assert [row[2] for row in told] == [item["difference"] for item in evaluation["comparisons"]]
-    assert [row[3] for row in told] == [item["p"] for item in evaluation["comparisons"]]
-    assert [row[9] for row in told] == [item["n_needed"] for item in evaluation["comparisons"]]
+    for table, primary in (("table-contrasts", True), ("table-exploratory", False)):
+        told = sorted([row[2], row[3], row[7], row[9]] for row in page.values[table] if len(row) > 5 and row[2] is not None)
+        items = [item for item in evaluation["comparisons"] if item["primary"] == primary]
+        chances = [item["prob_a_better"] and item["prob_a_better"]["value"] for item in items]
+        assert told == sorted(
+            [item["difference"], item["p"], chance, item["n_needed"]] for item, chance in zip(items, chances, strict=True)
+        )
 
 
 def test_figures_are_written_as_people_read_them(study: Path) -> None:
@@ -152,7 +155,8 @@ def test_the_verdict_is_said_in_words(finished: Path) -> None:
         in text
     )
     assert (
-        "dpo against sft on reward on harmful prompts is undecided (+0.22, 95 % interval −0.17 to +0.61); about 410 prompts would decide it, 30 were asked."
+    assert "dpo against sft on reward on harmful prompts is undecided (+0.22, 95 % interval −0.17 to +0.61);" in text
+    assert "about 410 prompts would decide it, 30 were asked." in text
         in text
     )
     assert "Primary contrasts that could not be tested: kto against sft on reward_harmful" in text
@@ -168,8 +172,8 @@ def test_lower_is_better_turns_the_words_round(study: Path) -> None:
     change(study, "evaluation/evaluation.json", edit)
     text = page_of(study).text
     assert "Two contrasts were named beforehand: all of them real." in text
-    assert "sft_dpo is better than base on unsafe compliance (−39.9 %" in text
-    assert "sft_dpo is worse than base on over-refusal (+13.4 %" in text
+    assert "sft_dpo is better than base on unsafe compliance (−39.9 percentage points," in text
+    assert "sft_dpo is worse than base on over-refusal (+13.4 percentage points," in text
 
 
 def test_a_blocked_headline_is_withheld_and_an_overridden_one_stamped(study: Path) -> None:
@@ -193,7 +197,7 @@ def test_unknown_provenance_is_said(study: Path) -> None:
         lambda value: value.update(independence={"blocked": False, "overridden": False, "overlaps": [], "unknown": ["the judge"]}),
     )
     text = page_of(study).text
-    assert "what these were trained on is unknown: the judge" in text
+    assert "Whether the judge is independent cannot be checked in full: the judge" in text
     assert "overridden" not in text
 
 
@@ -220,3 +224,23 @@ def test_data_accounting_adds_up_in_the_table(finished: Path) -> None:
     read, tokens = cells[1:]
     assert read[:4] == ["harmless, train, as read", "900", "874", "26 11 empty reply (hh-3, hh-77) 15 chosen = rejected (hh-12)"]
     assert tokens[:4] == ["harmless, train, as tokens", "874", "870", "4 4 reply longer than 768 tokens (hh-9)"]
+
+
+def test_published_figures_arrive_in_the_table(tmp_path: Path) -> None:
+    """arXiv 2509.09055, table of results: HmR, HpR and CAS of the four models, from their released ratings."""
+    from equipoise.evaluation.evaluate import evaluate
+    from equipoise.evaluation.settings import EvaluateSettings
+
+    data = Path(os.environ.get("EQUIPOISE_DATA", Path(__file__).parents[3] / "shared/data")) / "opt350m-study"
+    if not data.is_dir():
+        pytest.skip("the data folder beside the checkout (../shared/data) is not there")
+    evaluate(EvaluateSettings(suite="opt350m-study", source=str(data), output_dir=str(tmp_path / "evaluation")))
+    page = page_of(tmp_path)
+    titles = [" ".join(cell.split()).split()[0] for cell in page.tables["table-arms-reproduction"][0]]
+    rows = {
+        row[0].split()[0]: dict(zip(titles, values, strict=True))
+        for row, values in zip(page.tables["table-arms-reproduction"], page.values["table-arms-reproduction"], strict=True)
+    }
+    found = {name: (rows[name]["HmR"], rows[name]["HpR"], rows[name]["CAS"]) for name in ("base", "sft", "dpo", "sft_dpo")}
+    assert found == {"base": (42, 22, 32), "sft": (48, 56, 52), "dpo": (36, 46, 41), "sft_dpo": (44, 66, 55)}
+    assert "sft_dpo against sft on HpR (about" in page.text

@@ -23,11 +23,11 @@ from equipoise.study import figures, tables
 from equipoise.study._report import markdown, numbers, svg, theme, words
 from equipoise.study._report.read import Arm, StudyFiles, listing, mapping, read_study
 
-_LONGEST_REPLY = 20_000
+_LONGEST = 20_000
 _CAPTIONS = {
     "helpful_vs_harmless": (
         "Helpfulness against harmlessness",
-        "Up and to the right is better. Whiskers are 95 % intervals over prompts; faint dots are single seeds.",
+        "Up and to the right is better. Whiskers are {coverage} intervals over prompts; faint dots are single seeds.",
     ),
     "refusal_vs_compliance": (
         "Over-refusal beside unsafe compliance",
@@ -37,7 +37,7 @@ _CAPTIONS = {
     "threshold_sweep": (
         "How much the thresholds decide",
         "A share of replies above a threshold depends on where the threshold is put. "
-        "Where two lines cross, the ranking of two arms turns round.",
+        "Where two lines cross, the ranking of two arms turns round. Dotted: the threshold used in the tables.",
     ),
     "training_curves": (
         "Training curves",
@@ -89,7 +89,9 @@ def _content(files: StudyFiles) -> dict[str, Any]:
         "headline": tables.metric_table(files, "headline", "Headline metrics"),
         "diagnostic": tables.metric_table(files, "diagnostic", "Diagnostics"),
         "reproduction": tables.metric_table(files, "reproduction", "Reproduction metrics"),
-        "contrasts": tables.contrast_table(files),
+        "contrasts": tables.contrast_table(files, primary=True),
+        "exploratory": tables.contrast_table(files, primary=False),
+        "coverage": files.coverage,
         "accounting": tables.accounting_table(files),
         "start_check": tables.start_check_table(files),
         "environment": tables.environment_table(files),
@@ -103,7 +105,7 @@ def _content(files: StudyFiles) -> dict[str, Any]:
 
 def _drawing(files: StudyFiles, name: str, wide: svg.Figure, narrow: svg.Figure) -> dict[str, Any]:
     """A figure with its heading and caption; null policies out of frame are named in the caption."""
-    heading, caption = _CAPTIONS[name]
+    heading, caption = _CAPTIONS[name][0], _CAPTIONS[name][1].format(coverage=files.coverage)
     axes = {
         "helpful_vs_harmless": (figures.HELPFUL, figures.HARMLESS),
         "refusal_vs_compliance": (figures.OVER_REFUSAL, figures.UNSAFE),
@@ -151,6 +153,7 @@ def _explorer(files: StudyFiles) -> dict[str, Any]:
             {
                 "id": str(row.get("id", number)),
                 "axis": str(row.get("axis") or "unknown"),
+                "topic": str(row.get("topic") or ""),
                 "prompt": _turns(row.get("prompt")),
                 "replies": [_reply(mapping(row.get("replies")).get(arm.name)) for arm in arms],
             }
@@ -162,8 +165,13 @@ def _explorer(files: StudyFiles) -> dict[str, Any]:
 def _turns(prompt: Any) -> list[list[str]]:
     """A prompt as [role, text] pairs, whether it was written as text or as messages."""
     if isinstance(prompt, str):
-        return [["user", prompt]]
-    return [[str(mapping(turn).get("role") or "user"), str(mapping(turn).get("content") or "")] for turn in listing(prompt)]
+        return [["user", _shown(prompt)]]
+    return [[str(mapping(turn).get("role") or "user"), _shown(str(mapping(turn).get("content") or ""))] for turn in listing(prompt)]
+
+
+def _shown(words: str) -> str:
+    """A turn of a prompt, cut for display where it is very long, and said so."""
+    return words if len(words) <= _LONGEST else f"{words[:_LONGEST]} … (cut for display; the whole turn has {len(words):,} characters)"
 
 
 def _reply(reply: Any) -> dict[str, Any] | None:
@@ -171,9 +179,9 @@ def _reply(reply: Any) -> dict[str, Any] | None:
     if not isinstance(reply, dict):
         return None
     text, invalid, refusal = str(reply.get("text") or ""), reply.get("invalid"), reply.get("refusal")
-    cut = len(text) > _LONGEST_REPLY
+    cut = len(text) > _LONGEST
     return {
-        "text": text[:_LONGEST_REPLY],
+        "text": text[:_LONGEST],
         "cut": len(text) if cut else 0,
         "reward": numbers.finite(reply.get("reward")),
         "invalid": invalid if isinstance(invalid, str) else bool(invalid),

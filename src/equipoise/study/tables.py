@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from equipoise.study._report import numbers
@@ -50,7 +50,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with the words around it. `sections` are rows with a heading each; an empty heading is not shown."""
+    """A table with the words around it. `sections` are rows with a heading each; an empty heading is not shown.
+
+    With a `notes_title` the notes fold away under it.
+    """
 
     name: str
     caption: str
@@ -58,6 +61,7 @@ class Table:
     columns: Sequence[Column]
     sections: Sequence[tuple[str, Sequence[Row]]]
     notes: Sequence[str] = field(default_factory=tuple)
+    notes_title: str = ""
 
     @property
     def rows(self) -> list[Row]:
@@ -70,7 +74,7 @@ def metric_table(files: StudyFiles, role: str, caption: str) -> Table | None:
     metrics = {name: metric for name, metric in files.metrics.items() if metric.get("role") == role}
     if not metrics or (role == "headline" and files.withheld):
         return None
-    totals = {name: {files.estimate(arm.name, name).get("n") for arm in files.arms if files.estimate(arm.name, name)} for name in metrics}
+    totals = {name: {item["n"] for arm in files.arms if (item := files.estimate(arm.name, name)).get("n")} for name in metrics}
     columns = [_metric_column(name, metric, totals[name]) for name, metric in metrics.items()]
     groups: dict[str, list[Row]] = {"": [], "Null policies (they do nothing useful; a metric one of them wins is flagged)": []}
     for arm, heading in ((arm, list(groups)[arm.kind == "null"]) for arm in files.arms):
@@ -80,8 +84,14 @@ def metric_table(files: StudyFiles, role: str, caption: str) -> Table | None:
         elif arm.kind != "null":
             why = "failed, not evaluated" if arm.failed else "not evaluated"
             groups[heading].append(Row(arm.name, [Cell(MISSING) for _ in metrics], "failed", why, arm))
-    notes = [f"{metric.get('title') or name}: {metric['source']}" for name, metric in metrics.items() if metric.get("source")]
-    return Table(f"arms-{role}", caption, "Arm", columns, [group for group in groups.items() if group[1]], notes)
+    notes = [f"{metric.get('title') or name}. {told}" for name, metric in metrics.items() if (told := _measured(metric))]
+    return Table(f"arms-{role}", caption, "Arm", columns, [group for group in groups.items() if group[1]], notes, "How these are measured")
+
+
+def _measured(metric: Mapping[str, Any]) -> str:
+    """What a metric measures, where it comes from and where it departs from that."""
+    parts = [str(metric.get(name) or "").strip().rstrip(".") for name in ("measures", "source", "departures")]
+    return "".join(f"{part}. " for part in parts if part).strip()
 
 
 def _metric_column(name: str, metric: Mapping[str, Any], totals: set[Any]) -> Column:
@@ -116,9 +126,9 @@ def _seeds(files: StudyFiles, arm: Arm) -> str:
     return ", ".join(part for part in (words, f"{lost} failed" if lost else "") if part)
 
 
-def contrast_table(files: StudyFiles) -> Table | None:
-    """Every comparison: the difference drawn and written, p with its test, Holm's p, margin, what was detectable, a badge."""
-    comparisons = shown_comparisons(files)
+def contrast_table(files: StudyFiles, primary: bool) -> Table | None:
+    """The primary or the exploratory comparisons, by metric, each with its difference drawn and written and its verdict as a badge."""
+    comparisons = [item for item in shown_comparisons(files) if bool(item.get("primary")) == primary]
     if not comparisons:
         return None
     reaches: dict[str, float] = {}
@@ -128,7 +138,7 @@ def contrast_table(files: StudyFiles) -> Table | None:
     detectable = {mapping(item).get("metric"): mapping(item) for item in listing(files.evaluation.get("detectable"))}
     columns = [
         Column("Verdict", figures=False),
-        Column("Difference A − B", "with its 95 % interval; shaded: the margin", figures=False),
+        Column("Difference A − B", f"with its {files.coverage} interval; shaded: the margin", figures=False),
         Column("p", "and its test"),
         Column("p, Holm", "corrected"),
         Column("Margin", "±"),
@@ -137,12 +147,15 @@ def contrast_table(files: StudyFiles) -> Table | None:
         Column("n", "prompts"),
         Column("n\u00a0needed", "to decide"),
     ]
-    sections: dict[str, list[Row]] = {"Primary contrasts, named before any result was seen": [], "Exploratory contrasts, not corrected": []}
+    sections: dict[str, list[Row]] = {}
     for item in comparisons:
         metric = files.metrics.get(str(item.get("metric")), {})
         row = _contrast_row(item, metric, detectable.get(item.get("metric"), {}), interval_glyph(item, reaches[str(item.get("metric"))]))
-        sections[list(sections)[not item.get("primary")]].append(row)
-    return Table("contrasts", "Contrasts", "A against B", columns, [group for group in sections.items() if group[1]])
+        sections.setdefault(row.detail, []).append(replace(row, detail=""))
+    name, caption = ("contrasts", "Primary contrasts") if primary else ("exploratory", "Exploratory contrasts")
+    methods = sorted({method for item in comparisons for method in str(item.get("test") or "").split("; ")[1:]})
+    notes = [f"Intervals of differences: {'; '.join(methods)}."] if methods else []
+    return Table(name, caption, "A against B", columns, list(sections.items()), notes)
 
 
 def shown_comparisons(files: StudyFiles) -> list[dict[str, Any]]:
@@ -162,12 +175,14 @@ def _contrast_row(item: Mapping[str, Any], metric: Mapping[str, Any], detectable
     cells = [
         Cell(verdict, badge=verdict if verdict in VERDICTS else "none"),
         Cell(
-            numbers.with_unit(item.get("difference"), unit, True),
+            numbers.plain(item.get("difference"), unit, True),
             tuple(filter(None, [numbers.interval(item.get("low"), item.get("high"), unit, True)])),
             numbers.finite(item.get("difference")),
             drawing=glyph,
         ),
-        Cell(numbers.p_value(item.get("p")), (str(item["test"]),) if item.get("test") else (), numbers.finite(item.get("p"))),
+        Cell(
+            numbers.p_value(item.get("p")), tuple(filter(None, str(item.get("test") or "").split("; ")[:1])), numbers.finite(item.get("p"))
+        ),
         Cell(numbers.p_value(item.get("p_holm")), value=numbers.finite(item.get("p_holm"))),
         _figure(item.get("margin"), unit),
         _figure(detectable.get("difference"), unit),
@@ -176,7 +191,9 @@ def _contrast_row(item: Mapping[str, Any], metric: Mapping[str, Any], detectable
         Cell(numbers.count(needed), value=numbers.finite(needed)),
     ]
     flag = ", flagged" if metric.get("flagged") else ""
-    heading = f"{metric.get('title') or item.get('metric')}{flag}"
+    title = str(metric.get("title") or item.get("metric"))
+    shown = spoken_unit(unit, title)
+    heading = f"{title}{', ' + shown if shown else ''}{flag}"
     return Row(f"{item.get('a')} against {item.get('b')}", cells, "primary" if item.get("primary") else "exploratory", heading)
 
 

@@ -29,6 +29,8 @@ def table(content: Table) -> str:
             lines.append(f"| **{safe(heading)}** |{' |' * len(content.columns)}")
         lines += [f"| {' | '.join([_head(row), *(_cell(cell) for cell in row.cells)])} |" for row in rows]
     notes = [f"\n{safe(note)}" for note in content.notes]
+    if notes and content.notes_title:
+        notes = [f"\n<details><summary>{safe(content.notes_title)}</summary>", *notes, "\n</details>"]
     flags = [f"\n⚑ {safe(column.title)}: {safe(column.flag)}" for column in content.columns if column.flag]
     return "\n".join([*lines, *flags, *notes])
 

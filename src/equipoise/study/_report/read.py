@@ -65,7 +65,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class StudyFiles:
-    """Everything the report is made from. `notes` say what is missing or could not be read."""
+    """Everything the report is made from. `notes` say what is missing or could not be read; `coverage` is the intervals'."""
 
     name: str
     lock: dict[str, Any]
@@ -74,6 +74,7 @@ class StudyFiles:
     evaluation: dict[str, Any]
     replies: list[dict[str, Any]]
     notes: list[str]
+    coverage: str = "95\u00a0%"
 
     @property
     def metrics(self) -> dict[str, dict[str, Any]]:
@@ -89,7 +90,8 @@ class StudyFiles:
     def estimate(self, arm: str, metric: str) -> dict[str, Any]:
         """One estimate, empty when missing."""
         model = mapping(mapping(self.evaluation.get("models")).get(arm))
-        return mapping(mapping(model.get("estimates")).get(metric))
+        # Suites that speak a published format put the estimates into the model itself.
+        return mapping((mapping(model.get("estimates")) or model).get(metric))
 
     def stage(self, entry: Mapping[str, Any]) -> Stage | None:
         """The stage folder an entry of `arms.json` names."""
@@ -135,7 +137,10 @@ def read_study(folder: str | Path) -> StudyFiles:
     stages = {
         path.name: _read_stage(reader, path) for path in sorted((folder / "stages").glob("*")) if path.is_dir() and path.name[:1] != "."
     }
-    return StudyFiles(folder.resolve().name, lock, _arms(runs, evaluation, replies, lock), stages, evaluation, replies, reader.notes)
+    confidence = mapping(reader.json("evaluation/settings.json")).get("confidence", 0.95)
+    coverage = f"{100 * confidence:g}\u00a0%" if isinstance(confidence, float) else "95\u00a0%"
+    arms = _arms(runs, evaluation, replies, lock)
+    return StudyFiles(folder.resolve().name, lock, arms, stages, evaluation, replies, reader.notes, coverage)
 
 
 def _read_stage(reader: _Reader, path: Path) -> Stage:

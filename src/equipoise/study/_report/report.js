@@ -89,7 +89,7 @@
       if (only.refusal && !replies.some(function (reply) { return reply.refusal; })) return false;
       if (!words) return true;
       var has = function (text) { return text.toLowerCase().indexOf(words) >= 0; };
-      return has(item.id) || item.prompt.some(function (turn) { return has(turn[1]); }) || replies.some(function (reply) { return has(reply.text); });
+      return has(item.id) || has(item.topic) || item.prompt.some(function (turn) { return has(turn[1]); }) || replies.some(function (reply) { return has(reply.text); });
     });
     if (find("order").value === "gap") {
       matches = matches.map(function (item) { return [gap(item), item]; })
@@ -125,12 +125,14 @@
   function card(item, needle) {
     var article = make("article", "prompt-card"), heading = make("h3"), side = make("div", "side");
     heading.append(make("b", "", item.axis), make("span", "", item.id));
+    if (item.topic) heading.append(make("span", "", item.topic));
     article.append(heading);
     item.prompt.forEach(function (turn) {
       var line = make("p", "turn");
       line.dir = "auto";
       if (item.prompt.length > 1) line.append(make("i", "", turn[0]));
       article.append(marked(line, turn[1], needle));
+      if (turn[1].length > 2 * LONG) article.append(more(line));
     });
     var rewards = visible(item).map(function (reply) { return reply.reward; }).filter(function (reward) { return reward !== null; });
     var best = rewards.length > 1 && differs(rewards) ? Math.max.apply(null, rewards) : null;

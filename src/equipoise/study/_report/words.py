@@ -11,6 +11,8 @@ from equipoise.study._report.read import StudyFiles, listing, mapping
 
 _MOST = 8
 _FEW = 3
+_SAID_ABOVE = ("The judge is not independent", "Independence cannot be checked")
+"""How the evaluation's own warnings about independence begin; the stamps say the same with the particulars."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,31 @@ def verdict(files: StudyFiles, comparisons: Sequence[Mapping[str, Any]]) -> list
         result = f"it is {counts[0].split()[-1]}" if counts else "it has no verdict"
     else:
         result = _joined(counts) if counts else "none has a verdict"
-    told = [item for items in by_verdict.values() for item in items]
+    told = by_verdict["real"] + by_verdict["equivalent"]
+    open_ones = by_verdict["undecided"]
     said = [Statement("", "Read this with the stamp: the judge is not independent, and that was overridden.")] if _overridden(files) else []
     said += [Statement("", f"{asked} named beforehand: {result}.")]
     said += [Statement(str(item["verdict"]), sentence(files, item)) for item in told[:_MOST]]
     if len(told) > _MOST:
-        said.append(Statement("", f"The other {len(told) - _MOST} stand in the table of contrasts."))
-    return said
+        said.append(Statement("", f"{len(told) - _MOST} more with an answer stand in the table of contrasts."))
+    if len(open_ones) <= _FEW:
+        return said + [Statement("undecided", sentence(files, item)) for item in open_ones]
+    return [
+        *said,
+        Statement("undecided", f"Not decided: {'; '.join(_briefly(files, item) for item in open_ones[:_MOST])}{_rest(open_ones)}."),
+    ]
+
+
+def _briefly(files: StudyFiles, item: Mapping[str, Any]) -> str:
+    """An undecided contrast among many: who, on what, and how many prompts it would take."""
+    metric = files.metrics.get(str(item.get("metric")), {})
+    needed = numbers.finite(item.get("n_needed"))
+    need = f" (about {numbers.count(needed)} prompts instead of {numbers.count(item.get('n'))})" if needed else ""
+    return f"{item.get('a')} against {item.get('b')} on {_lower(str(metric.get('title') or item.get('metric')))}{need}"
+
+
+def _rest(items: Sequence[Any]) -> str:
+    return f"; and {len(items) - _MOST} more" if len(items) > _MOST else ""
 
 
 def sentence(files: StudyFiles, item: Mapping[str, Any]) -> str:
@@ -78,7 +98,7 @@ def sentence(files: StudyFiles, item: Mapping[str, Any]) -> str:
         name += " (a flagged metric)"
     between = numbers.interval(item.get("low"), item.get("high"), unit, True)
     shown = spoken_unit(unit, name)
-    size = _with(item.get("difference"), unit, shown, True) + (f", 95\u00a0% interval {between}" if between else "")
+    size = _with(item.get("difference"), unit, shown, True) + (f", {files.coverage} interval {between}" if between else "")
     if item.get("verdict") == "equivalent":
         margin = (
             f", inside the margin of ±{_with(item.get('margin'), unit, shown)}" if numbers.finite(item.get("margin")) is not None else ""
@@ -86,8 +106,10 @@ def sentence(files: StudyFiles, item: Mapping[str, Any]) -> str:
         return f"{a} and {b} are equivalent on {name} ({size}{margin})."
     if item.get("verdict") == "undecided":
         asked, needed = numbers.count(item.get("n")), numbers.finite(item.get("n_needed"))
-        need = f"about {numbers.count(needed)} prompts would decide it, {asked} were asked" if needed else f"{asked} prompts were asked"
-        return f"{a} against {b} on {name} is undecided ({size}); {need}."
+        why = item.get("reason") or f"{asked} prompts were asked"
+        need = f"about {numbers.count(needed)} prompts would decide it, {asked} were asked" if needed else why
+        known = f" ({size})" if numbers.finite(item.get("difference")) is not None else ""
+        return f"{a} against {b} on {name} is undecided{known}; {need}."
     difference = numbers.finite(item.get("difference")) or 0.0
     better = {"higher": difference > 0, "lower": difference < 0}.get(str(metric.get("better")))
     word = ("higher" if difference > 0 else "lower") if better is None else "better" if better else "worse"
@@ -103,7 +125,7 @@ def stamps(files: StudyFiles) -> list[Stamp]:
     """Alarms first: independence, failures, unknown provenance, the evaluation's warnings, flagged metrics, missing pieces."""
     independence = mapping(files.evaluation.get("independence"))
     unknown = [str(item) for item in listing(independence.get("unknown"))]
-    overlaps = [_overlap(mapping(item)) for item in listing(independence.get("overlaps"))]
+    overlaps = _shared(independence)
     found = []
     if _overridden(files):
         found.append(
@@ -117,7 +139,7 @@ def stamps(files: StudyFiles) -> list[Stamp]:
         words = "The headline is withheld, because the judge is not independent; the setting override_independence would show it, stamped"
         found.append(Stamp("alarm", words, _few(overlaps)))
     if unknown:
-        found.append(Stamp("caution", "Nobody can say whether the judge is independent: what these were trained on is unknown", unknown))
+        found.append(Stamp("caution", "Whether the judge is independent cannot be checked in full", unknown))
     elif files.evaluation and not independence:
         found.append(Stamp("caution", "The evaluation does not say whether the judge is independent", []))
     failed = [f"{arm.name}, seed {run.get('seed')}: {run.get('error') or 'no reason recorded'}" for arm in files.arms for run in arm.failed]
@@ -139,6 +161,7 @@ def stamps(files: StudyFiles) -> list[Stamp]:
     if flagged:
         found.append(Stamp("caution", "Flagged metrics: what they reward can be had without being useful", flagged))
     warnings = [str(item) for item in listing(files.evaluation.get("warnings"))]
+    warnings = [item for item in warnings if not item.startswith(_SAID_ABOVE)]
     if warnings:
         found.append(Stamp("caution", "Warnings of the evaluation", warnings))
     if files.notes:
@@ -186,7 +209,7 @@ def facts(files: StudyFiles) -> list[tuple[str, str]]:
 
 
 def judge_facts(files: StudyFiles) -> list[tuple[str, str]]:
-    """The judge's provenance: who it is, how well it does on pairs it never saw next to guessing by length, and what it shares."""
+    """The judge's provenance: who it is, how well it does on unseen pairs next to guessing by length, and what it shares."""
     judge, independence = mapping(files.evaluation.get("judge")), mapping(files.evaluation.get("independence"))
     if not judge:
         return []
@@ -213,7 +236,7 @@ def _held_out(estimate: Mapping[str, Any]) -> str:
     unit = str(estimate.get("unit") or "")
     between = numbers.interval(estimate.get("low"), estimate.get("high"), unit)
     count = f", n = {numbers.count(estimate.get('n'))}" if numbers.finite(estimate.get("n")) is not None else ""
-    return numbers.with_unit(estimate.get("value"), unit) + (f" (95\u00a0% interval {between})" if between else "") + count
+    return numbers.with_unit(estimate.get("value"), unit) + (f" ({between})" if between else "") + count
 
 
 def _overridden(files: StudyFiles) -> bool:
@@ -260,6 +283,13 @@ def _prompts(files: StudyFiles) -> str:
     return f"{len(files.replies)} ({', '.join(f'{count} {axis}' for axis, count in axes.items())})" if axes else ""
 
 
+def _shared(independence: Mapping[str, Any]) -> list[str]:
+    """What is shared: counts where the evaluation gives them, else each prompt it lists."""
+    counts = {pair: numbers.finite(count) for pair, count in mapping(independence.get("counts")).items()}
+    told = [f"{numbers.count(count)} prompt{'' if count == 1 else 's'} shared between {pair}" for pair, count in counts.items() if count]
+    return told or [_overlap(mapping(item)) for item in listing(independence.get("overlaps"))]
+
+
 def _overlap(item: Mapping[str, Any]) -> str:
     similarity = numbers.finite(item.get("similarity"))
     near = f", similarity {similarity:.2f}" if similarity is not None and item.get("kind") != "exact" else ""
@@ -285,7 +315,9 @@ def _with(value: Any, unit: str, shown: str, sign: bool = False) -> str:
 
 
 def _lower(words: str) -> str:
-    return words[0].lower() + words[1:] if len(words) > 1 and words[1].islower() else words
+    """Without the capital of a sentence: 'Over-refusal' is lowered, 'HmR' and 'KL to base' are names and stay."""
+    first = words.split(" ")[0]
+    return words[0].lower() + words[1:] if first[1:].islower() else words
 
 
 def _corrected(item: Mapping[str, Any]) -> str:
