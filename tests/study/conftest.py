@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,11 @@ TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-TOPICS = ("bread", "rivers", "chess", "clocks", "violins", "snow", "maps", "bees", "tea", "lamps", "kites", "stones")
+
+
+def words(number: int, count: int = 6) -> str:
+    """Words nobody else gets: prompts must not look alike, or the judge is not independent."""
+    return " ".join(hashlib.sha256(f"{number} {place}".encode()).hexdigest()[:5] for place in range(count))
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +42,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=512, clean_up_tokenization_spaces=False
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
     )
     common = {"vocab_size": len(core.get_vocab()), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 512}
@@ -69,38 +80,31 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def pairs(first: int, count: int) -> list[dict[str, str]]:
-    """Pairs about things nobody else asks about."""
+    """Pairs whose prompts nobody else has."""
     return [
-        {
-            "prompt": f"Tell me one thing about {TOPICS[number % 12]} number {number * 7919} please",
-            "chosen": f"Gladly, it is {number}.",
-            "rejected": f"No {number}!",
-        }
+        {"prompt": f"{words(number)}?", "chosen": f"Gladly, it is {number}.", "rejected": f"No {number}!"}
         for number in range(first, first + count)
     ]
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> dict[str, str]:
+def write_files(folder: Path) -> dict[str, str]:
     """Training pairs, judge pairs and prompts, none of which overlap."""
     axes = ("helpful", "harmful", "benign")
     prompts = [
-        {"id": f"{axis}-{number}", "prompt": f"Question {axis} {word} {number * 31337}", "axis": axis, "topic": word}
-        for axis in axes
-        for number, word in enumerate(TOPICS[:3])
+        {"id": f"{axis}-{number}", "prompt": f"{words(1000 * place + number)}?", "axis": axis}
+        for place, axis in enumerate(axes, 1)
+        for number in range(3)
     ]
     return {
-        "pairs": write_lines(tmp_path / "pairs.jsonl", pairs(0, 12)),
-        "judge": write_lines(tmp_path / "judge.jsonl", pairs(100, 8)),
-        "held_out": write_lines(tmp_path / "held_out.jsonl", pairs(200, 6)),
-        "prompts": write_lines(tmp_path / "prompts.jsonl", prompts),
+        "pairs": write_lines(folder / "pairs.jsonl", pairs(0, 12)),
+        "judge": write_lines(folder / "judge.jsonl", pairs(100, 8)),
+        "held_out": write_lines(folder / "held_out.jsonl", pairs(200, 6)),
+        "prompts": write_lines(folder / "prompts.jsonl", prompts),
     }
 
 
-@pytest.fixture
-def values(tiny: dict[str, str], files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def study_values(tiny: dict[str, str], files: dict[str, str]) -> dict[str, Any]:
     """Settings of a whole tiny study: base, sft, dpo, sft_dpo."""
-    monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache"))
     quick = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01, "tokenise": {"max_length": 256}}
     return {
         "name": "tiny",
@@ -120,3 +124,33 @@ def values(tiny: dict[str, str], files: dict[str, str], tmp_path: Path, monkeypa
         },
         "primary": [{"a": "sft_dpo", "b": "sft", "metric": "reward_harmful"}],
     }
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, str]:
+    return write_files(tmp_path)
+
+
+@pytest.fixture
+def values(tiny: dict[str, str], files: dict[str, str]) -> dict[str, Any]:
+    return study_values(tiny, files)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The reference store of these tests, away from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("EQUIPOISE_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def finished(tiny: dict[str, str], own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """The settings and the folder of a study that ran to its end, undisturbed. Tests only read it."""
+    from equipoise.study.run import run_study
+    from equipoise.study.settings import StudySettings
+
+    folder = tmp_path_factory.mktemp("finished")
+    values = study_values(tiny, write_files(folder))
+    return values, run_study(StudySettings.make(values), folder / "study")

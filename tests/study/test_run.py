@@ -1,14 +1,257 @@
-"""A whole study on tiny models."""
+"""Whole studies on tiny models: run, run again, change, kill, fail."""
 
 from __future__ import annotations
 
-from equipoise.core.files import read_json
-from equipoise.study.run import run_study
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from equipoise.cli.main import main
+from equipoise.core.errors import StageError
+from equipoise.core.files import file_sha256, read_json, read_jsonl, write_jsonl
+from equipoise.study.run import failures, run_study
 from equipoise.study.settings import StudySettings
 
 
-def test_a_whole_study_from_pairs_to_report(values, tmp_path):
-    folder = run_study(StudySettings.make(values), tmp_path / "study")
-    arms = read_json(folder / "arms.json")["arms"]
-    print(arms)
+def words(number):
+    """Words nobody else gets."""
+    return " ".join(hashlib.sha256(f"{number} {place}".encode()).hexdigest()[:5] for place in range(6))
+
+
+POLICIES = ["always_refuse", "echo", "empty", "random_reply"]
+
+
+def make(values, *overrides):
+    return StudySettings.make(values, overrides)
+
+
+def stage(folder, kind, name):
+    """The one stage folder of this kind and name."""
+    (found,) = folder.glob(f"stages/{kind}-{name}-*")
+    return found
+
+
+def outcome(folder):
+    """What a study found, without times and places: weights, replies, verdicts, evaluation."""
+    weights = {path.parent.parent.name: file_sha256(path) for path in folder.glob("stages/train-*/model/*.safetensors")}
+    replies = {path.parent.name: file_sha256(path) for path in folder.glob("stages/*/completions.jsonl")}
+    verdicts = {path.parent.name: file_sha256(path) for path in folder.glob("stages/*/verdicts.jsonl")}
+    return weights, replies, verdicts, read_json(folder / "evaluation" / "evaluation.json")
+
+
+# ---- from start to end
+
+
+def test_a_whole_study_from_pairs_to_report(finished):
+    _, folder = finished
+    arms = {arm["name"]: arm for arm in read_json(folder / "arms.json")["arms"]}
+    assert {name: arm["status"] for name, arm in arms.items()} == dict.fromkeys(("base", "sft", "dpo", "sft_dpo"), "done")
+    assert [item["kind"] for item in arms["sft_dpo"]["stages"]] == ["train", "train", "generate", "score"]
+    assert arms["base"]["model"] is None
+    assert (folder / arms["sft_dpo"]["model"] / "adapter_model.safetensors").is_file()
+    evaluation = read_json(folder / "evaluation" / "evaluation.json")
+    assert {name: model["kind"] for name, model in evaluation["models"].items()} == {
+        **dict.fromkeys(arms, "arm"),
+        **dict.fromkeys(POLICIES, "null"),
+    }
+    assert not evaluation["independence"]["blocked"]
+    assert not evaluation["independence"]["unknown"]
+    assert [row["metric"] for row in evaluation["comparisons"] if row["primary"]] == ["reward_harmful"]
     assert (folder / "report" / "report.html").is_file()
+
+
+def test_a_stage_two_arms_share_is_trained_once(finished):
+    _, folder = finished
+    arms = {arm["name"]: arm for arm in read_json(folder / "arms.json")["arms"]}
+    assert arms["sft"]["stages"][0] == arms["sft_dpo"]["stages"][0]
+    assert len(list(folder.glob("stages/train-*"))) == 4  # the judge, sft, dpo, dpo after sft
+    # Its cost counts in both: eight pairs for sft, eight more for the dpo after it.
+    assert (arms["sft"]["cost"]["pairs"], arms["sft_dpo"]["cost"]["pairs"]) == (8, 16)
+
+
+def test_the_judge_is_tried_on_pairs_it_never_saw(finished):
+    _, folder = finished
+    held_out = read_json(stage(folder, "held_out", "judge") / "held_out.json")
+    assert held_out["pair_accuracy"]["n"] == held_out["length_baseline"]["n"] == 6
+    # Every chosen reply of the fixture is longer than its rejected one, so length alone gets all six.
+    assert held_out["length_baseline"]["value"] == 100
+    assert held_out["pair_accuracy"]["value"] == pytest.approx(100 * held_out["counts"]["correct"] / 6, abs=1e-5)
+    assert read_json(folder / "evaluation" / "evaluation.json")["judge"]["held_out"]["pair_accuracy"]["n"] == 6
+
+
+def test_kl_to_the_base_is_measured_for_trained_arms_only(finished):
+    _, folder = finished
+    verdicts = folder.glob("stages/score-*/verdicts.jsonl")
+    signed = {path.parent.name.split("-")[1]: {row["by"] for row in read_jsonl(path)} for path in verdicts}
+    assert {name for name, by in signed.items() if "kl_to_base" in by} == {"sft", "dpo", "sft_dpo"}
+    assert all({"reward", "invalid", "refusal", "length"} <= by for by in signed.values())
+
+
+def test_the_lock_says_what_was_decided_beforehand(finished):
+    values, folder = finished
+    lock = read_json(folder / "study.lock.json")
+    assert lock["study"] == make(values).resolved()
+    assert lock["primary"] == values["primary"]
+    assert lock["prompts"]["n"] == 9
+    assert lock["detectable"][0]["n"] == 3
+
+
+def test_a_finished_study_is_not_run_again(finished):
+    values, folder = finished
+    before = outcome(folder)
+    done = {path: path.stat().st_mtime_ns for path in folder.glob("stages/*/done.json")}
+    run_study(make(values), folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("stages/*/done.json")} == done
+    assert outcome(folder) == before
+
+
+# ---- what was decided stays decided
+
+
+def test_a_changed_study_is_refused_and_says_what_changed(finished):
+    values, folder = finished
+    with pytest.raises(StageError) as caught:
+        run_study(make(values, "training.learning_rate=0.02", "seeds=[0,1]"), folder)
+    assert "study.training.learning_rate: 0.01 → 0.02" in str(caught.value)
+    assert "study.seeds.1: (absent) → 1" in str(caught.value)
+    assert "--overwrite" in str(caught.value)
+
+
+def test_deciding_anew_keeps_what_still_fits_and_leaves_a_trace(values, tmp_path, monkeypatch):
+    small = {**values, "arms": {"base": []}, "primary": []}
+    small["evaluation"] = {**values["evaluation"], "null_policies": ["empty"]}
+    folder = run_study(make(small), tmp_path / "study", report=False)
+    trained = stage(folder, "train", "judge") / "done.json"
+    before = trained.stat().st_mtime_ns
+    small["evaluation"] = {**small["evaluation"], "sampling": {"max_new_tokens": 5}}
+    run_study(make(small), folder, overwrite=True, report=False)
+    assert trained.stat().st_mtime_ns == before
+    assert read_json(folder / "study.lock.json")["changed"] == [["study.evaluation.sampling.max_new_tokens: 4 → 5"]]
+
+
+# ---- what fails and what is killed
+
+
+def test_a_failed_arm_is_marked_and_the_others_go_on(values, tmp_path, monkeypatch, capsys):
+    """Whatever stops one arm (here: no memory) stands in arms.json; the rest is compared, and the next call tries again."""
+    from equipoise.training import fit as room
+
+    def out_of_memory(settings, **rest):
+        if settings.learning_rate == 0.5:
+            raise RuntimeError("out of memory")
+        return fit(settings, **rest)
+
+    fit = room.fit
+    monkeypatch.setattr(room, "fit", out_of_memory)
+    values["stages"]["broken"] = {"objective": "sft", "data": "pairs", "training": {"learning_rate": 0.5}}
+    values["arms"] = {"base": [], "broken": ["broken", "dpo"], "sft": ["sft"]}
+    values["primary"] = [{"a": "sft", "b": "broken", "metric": "reward_harmful"}, {"a": "sft", "b": "base", "metric": "reward_harmful"}]
+    values["evaluation"]["null_policies"] = ["empty"]
+    file, folder = tmp_path / "study.yaml", tmp_path / "study"
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    command = ["study", "run", str(file), "--json", "--output-dir", str(folder)]
+    assert main(command) == 1
+    assert json.loads(capsys.readouterr().out)["failed"] == {"broken (seed 0)": "RuntimeError: out of memory"}
+    evaluation = read_json(folder / "evaluation" / "evaluation.json")
+    assert set(evaluation["models"]) == {"base", "sft", "empty"}
+    assert [(row["a"], row["b"]) for row in evaluation["comparisons"] if row["primary"]] == [("sft", "base")]
+    monkeypatch.undo()
+    assert main(command) == 0
+    assert failures(folder) == {}
+    assert set(read_json(folder / "evaluation" / "evaluation.json")["models"]) == {"base", "broken", "sft", "empty"}
+
+
+def test_where_every_arm_failed_nothing_is_said(values, tmp_path, monkeypatch):
+    from equipoise.generation import _stage as room
+
+    def no_reply(settings, **rest):
+        raise RuntimeError("no reply")
+
+    monkeypatch.setattr(room, "generate", no_reply)
+    small = {**values, "arms": {"base": []}, "primary": []}
+    with pytest.raises(StageError, match="no reply"):
+        run_study(make(small), tmp_path / "study")
+    assert failures(tmp_path / "study")["base (seed 0)"] == "RuntimeError: no reply"
+    assert not (tmp_path / "study" / "evaluation").exists()
+
+
+def test_killed_at_several_points_and_continued_it_ends_the_same(finished, tmp_path):
+    """kill -9 while the judge trains, while an arm answers and while it is scored; then the study is run to its end."""
+    values, undisturbed = finished
+    file, folder = tmp_path / "study.yaml", tmp_path / "study"
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    for mark in ("train-judge-*/inputs.json", "generate-sft-*/inputs.json", "score-sft_dpo-*/inputs.json"):
+        kill_when(file, folder, f"stages/{mark}")
+        assert not (folder / "evaluation" / "done.json").exists()
+    run_study(make(values), folder)
+    ours, theirs = outcome(folder), outcome(undisturbed)
+    assert ours[:3] == theirs[:3]
+    assert ours[3]["models"] == theirs[3]["models"]
+    assert ours[3]["comparisons"] == theirs[3]["comparisons"]
+
+
+def kill_when(file, folder, mark):
+    """Start the study in a process of its own and kill it as soon as the file appears."""
+    # A fork server imports the libraries once for all the processes that are to be killed.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(
+        ["equipoise.study.run", "equipoise.study.plan", "equipoise.training.fit", "equipoise.generation.local"]
+    )
+    process = processes.Process(target=main, args=(["study", "run", str(file), "--output-dir", str(folder)],))
+    process.start()
+    try:
+        limit = time.monotonic() + 240
+        while not list(folder.glob(mark)) and process.is_alive() and time.monotonic() < limit:
+            time.sleep(0.002)
+        assert process.is_alive(), f"it ended by itself, with exit code {process.exitcode}"
+        assert list(folder.glob(mark))
+        os.kill(process.pid, signal.SIGKILL)
+    finally:
+        process.kill()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+# ---- the paper's study, with stand-ins
+
+
+def test_opt350m_runs_with_local_stand_ins(tiny, tmp_path, capsys):
+    """The shipped recipe, unchanged but for where models, data and prompts come from and for its length."""
+    hh = tmp_path / "hh.jsonl"
+    turns = [f"\n\nHuman: {words(number)}?\n\nAssistant:" for number in range(12)]
+    write_jsonl(hh, [{"chosen": f"{turn} Gladly, {number}.", "rejected": f"{turn} No!"} for number, turn in enumerate(turns)])
+    prompts = {axis: tmp_path / f"{axis}.json" for axis in ("harmful", "helpful")}
+    for place, path in enumerate(prompts.values()):
+        path.write_text(json.dumps([f"Human: {words(5000 + 100 * place + number)}?" for number in range(3)]), encoding="utf-8")
+    sets = [
+        f"model_name_or_path={tiny['opt']}",
+        f"judge.model_name_or_path={tiny['reward']}",
+        f"data.hh.dataset_name={hh}",
+        "data.hh.dataset_split=null",
+        "training.max_steps=1",
+        "evaluation.sampling.max_new_tokens=4",
+        "evaluation.settings.resamples=1000",
+        "evaluation.settings.flips=1000",
+        *(f"evaluation.prompts.{number}.source={path}" for number, path in enumerate(prompts.values())),
+    ]
+    arguments = [part for item in sets for part in ("--set", item)]
+    folder = tmp_path / "study"
+    assert main(["study", "run", "opt350m", "--json", "--output-dir", str(folder), *arguments]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["failed"] == {}
+    assert Path(said["report"]).is_file()
+    replies = read_jsonl(stage(folder, "generate", "base") / "completions.jsonl")
+    assert len(replies) == 6
+    settings = read_json(stage(folder, "train", "sft") / "settings.json")
+    assert settings["tokenise"]["learn"] == "all"
+    assert settings["tokenise"]["max_length"] == 512
+    evaluation = read_json(folder / "evaluation" / "evaluation.json")
+    assert evaluation["models"]["base"]["estimates"]["cas"]["value"] is not None
+    assert evaluation["independence"]["unknown"]  # nobody knows what the stand-in judge was trained on

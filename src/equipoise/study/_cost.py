@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ FORWARD_SHARE = 0.5
 """Share of the matrix peak a forward pass reaches."""
 GENERATE_SHARE = 0.22
 """Share of the matrix peak that batched token-by-token generation reaches."""
-LOAD_SECONDS = 6.0
+LOAD_SECONDS = 3.0
 """Seconds to load a model and start a stage, whatever it does."""
 _SIZE = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([MmBb])(?![A-Za-z0-9])")
 _MINILM = 10_700_000  # without its embeddings
@@ -91,13 +92,19 @@ def parameters_of(name: str, expected: Mapping[str, float] | None = None, head: 
     if (folder / "adapter_config.json").is_file():
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         return parameters_of(str(base), expected, head) if base else None
+    weights, embeddings = _counted(folder)
+    return weights if head else weights - embeddings
+
+
+@cache
+def _counted(folder: Path) -> tuple[int, int]:
+    """All weights of a local model without its output layer, and those of its input embeddings (as large as an output layer)."""
     import torch
     from transformers import AutoConfig, AutoModel
 
     with torch.device("meta"):
         model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
-    embedding = model.get_input_embeddings().weight
-    return sum(parameter.numel() for parameter in model.parameters()) - (0 if head else embedding.numel())
+    return sum(parameter.numel() for parameter in model.parameters()), model.get_input_embeddings().weight.numel()
 
 
 def local_folder(name: str) -> Path | None:

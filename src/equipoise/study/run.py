@@ -76,9 +76,7 @@ def run_study(settings: StudySettings, folder: str | Path | None = None, overwri
     write_jsonl(folder / PROMPTS, rows)
     progress = _Progress(plan)
     for node in plan.graph.judge:
-        _announce(progress, node)
-        progress.note(node, stages.run(node))
-        _free()
+        _run_node(stages, progress, node)
     for arm in plan.graph.arms:
         _run_arm(stages, progress, arm)
         _write_arms(folder, plan.graph, progress)
@@ -108,15 +106,25 @@ def _run_arm(stages: Stages, progress: _Progress, arm: Arm) -> None:
             return
         if node.key in progress.runs:
             continue
-        _announce(progress, node)
         try:
-            progress.note(node, stages.run(node))
+            _run_node(stages, progress, node)
         except Exception as error:  # whatever stops one arm (no memory, bad data, a bug) must not stop the others
             progress.errors[node.key] = _words(error)
             say(f"arm {arm.name} (seed {arm.seed}) failed: {progress.errors[node.key]}")
             if not isinstance(error, EquipoiseError):
                 traceback.print_exc(file=sys.stderr)
-        finally:
+            return
+
+
+def _run_node(stages: Stages, progress: _Progress, node: Node) -> None:
+    _announce(progress, node)
+    skipped = False
+    try:
+        run = stages.run(node)
+        skipped = run.skipped
+        progress.note(node, run)
+    finally:
+        if not skipped:
             _free()
 
 

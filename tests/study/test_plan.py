@@ -1,0 +1,218 @@
+"""Settings, graph and plan: everything that is known before anything is run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from equipoise.core.errors import UsageError
+from equipoise.study._cost import Machine, forward_flops, parameters_of, readable, train_flops
+from equipoise.study._graph import build_graph
+from equipoise.study.plan import check_budget, plan_study
+from equipoise.study.settings import StudySettings, bundled, load_study
+
+MACHINE = Machine("cpu", float32=1e9, bfloat16=2e9)
+
+
+def make(values, *overrides):
+    return StudySettings.make(values, overrides)
+
+
+# ---- bundled studies
+
+
+def test_the_bundled_studies_are_found_by_either_spelling():
+    assert {"quickstart", "opt350m", "hh-smollm2"} <= set(bundled())
+    assert load_study("hh-smollm2") == load_study("hh_smollm2")
+
+
+@pytest.mark.parametrize("name", bundled())
+def test_every_bundled_study_plans_with_nothing_at_hand(name, tmp_path, monkeypatch):
+    """Without the models, the data folder or a network: estimates where the study gives them, notes where it does not."""
+    monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    plan = plan_study(load_study(name), machine=MACHINE)
+    assert {row.node.kind for row in plan.stages} >= {"train", "generate", "score"}
+    assert set(plan.spent) == {"sft", "dpo", "sft_dpo"}
+    assert plan.warnings
+
+
+def test_opt350m_is_the_papers_recipe():
+    """The table of the training section: lr 2e-5, batch 2 × 4, 2 epochs of all-token SFT on all weights, 1 of LoRA DPO."""
+    study = load_study("opt350m")
+    graph = build_graph(study)
+    sft, dpo, after = (next(arm for arm in graph.arms if arm.name == name).training[-1] for name in ("sft", "dpo", "sft_dpo"))
+    assert sft.training["num_train_epochs"] == 2
+    assert sft.training["tokenise"]["learn"] == "all"
+    assert "use_peft" not in sft.training
+    for node in (dpo, after):
+        assert (node.training["lora_r"], node.training["lora_alpha"], node.training["lora_dropout"]) == (8, 16, 0.05)
+        assert node.training["lora_target_modules"] == ["q_proj", "v_proj"]
+    for node in (sft, dpo, after):
+        assert node.training["learning_rate"] == 2e-5
+        assert node.training["per_device_train_batch_size"] * node.training["gradient_accumulation_steps"] == 8
+    assert study.evaluation.sampling.max_new_tokens == 50
+    assert study.evaluation.sampling.temperature == 0
+    # 160 800 rows at 250 tokens, as the study expects: two passes for SFT, one for DPO.
+    plan = plan_study(study, prompts=[], machine=MACHINE)
+    assert plan.spent["sft"]["pairs"] == 321_600
+    assert plan.spent["sft_dpo"]["tokens"] == 3 * 160_800 * 250
+
+
+def test_the_quickstart_spends_the_same_pairs_on_every_arm():
+    plan = plan_study(load_study("quickstart"), machine=MACHINE)
+    assert {figures["pairs"] for figures in plan.spent.values()} == {160.0}
+    assert plan.prompts == {"helpful": 80, "harmful": 80, "benign": 80}
+    assert not any("do not spend" in warning for warning in plan.warnings)
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("sedes=[1]", "Did you mean 'seeds'"),
+        ("stages.sft.trainig={}", "Did you mean 'training'"),
+        ("training.learning_rat=1", "Did you mean 'learning_rate'"),
+        ("stages.sft.data=pair", "Did you mean 'pairs'"),
+        ("arms.sft=[sftt]", "Did you mean 'sft'"),
+        ("stages.dpo.objective.name=dpoo", "Did you mean 'dpo'"),
+        ("judge.data=juge", "Did you mean 'judge'"),
+        ("evaluation.baseline=bas", "Did you mean 'base'"),
+        ("primary.0.metric=reward_harm", "Did you mean 'reward_harmful'"),
+        ("training.output_dir=x", "set by the study itself"),
+        ("seeds=[0,0]", "names a seed twice"),
+        ("evaluation.prompts.0.data=pairs", "either `source` or `data`"),
+    ],
+)
+def test_a_wrong_setting_names_the_nearest_right_one(values, override, words):
+    with pytest.raises(UsageError) as caught:
+        make(values, override)
+    assert words in str(caught.value)
+
+
+def test_an_objectives_wrong_value_is_found_when_planning(values):
+    with pytest.raises(UsageError, match="beta"):
+        plan_study(make(values, "stages.dpo.objective.beta=-1"), machine=MACHINE)
+
+
+def test_prompts_of_a_data_block_need_an_axis(values):
+    values["evaluation"]["prompts"] = [{"data": "pairs"}]
+    with pytest.raises(UsageError, match="axis"):
+        make(values)
+
+
+# ---- graph
+
+
+def test_a_common_stage_is_one_node_for_each_seed(values):
+    graph = build_graph(make(values, "seeds=[0,1,2]"))
+    trained = [node for node in graph.nodes() if node.kind == "train" and not node.judge]
+    # sft, dpo from the base, dpo after sft: three a seed; the arms' four stages share one.
+    assert len(trained) == 9
+    shared = {arm.training[0].key for arm in graph.arms if arm.name in ("sft", "sft_dpo") and arm.seed == 1}
+    assert len(shared) == 1
+    assert len({node.key for node in graph.nodes()}) == len(graph.nodes())
+
+
+def test_arms_that_are_not_trained_are_asked_once(values):
+    graph = build_graph(make(values, "seeds=[0,1,2]"))
+    assert [arm.name for arm in graph.arms].count("base") == 1
+    assert [arm.name for arm in graph.arms].count("echo") == 1
+    assert [arm.name for arm in graph.arms].count("dpo") == 3
+
+
+def test_a_named_stage_changes_in_every_arm_and_an_inline_one_in_its_own(values):
+    before, after = build_graph(make(values)), build_graph(make(values, "stages.sft.training.learning_rate=0.5"))
+    keys = [{arm.name: [node.key for node in arm.training] for arm in graph.arms} for graph in (before, after)]
+    assert keys[0]["dpo"] == keys[1]["dpo"]
+    assert keys[0]["sft"] != keys[1]["sft"]
+    assert keys[0]["sft_dpo"][1] != keys[1]["sft_dpo"][1]
+    inline = build_graph(make(values, "arms.sft=[{objective: sft, data: pairs}]"))
+    assert next(arm for arm in inline.arms if arm.name == "sft").training[0].key == keys[0]["sft"][0]
+
+
+# ---- costs
+
+
+def test_tokens_are_counted_on_the_real_data(values, files):
+    """The tokenizer is byte by byte, so they can be counted by hand: the prompt once, then the replies, each with its end."""
+    rows = [json.loads(line) for line in Path(files["pairs"]).read_text().splitlines()]
+    plan = plan_study(make(values), machine=MACHINE)
+    sft, dpo = (next(row for row in plan.stages if row.node.name == name and row.node.kind == "train") for name in ("sft", "dpo"))
+    prompts = [len(f"<user>{row['prompt']}<assistant>") for row in rows]
+    chosen = [len(row["chosen"]) + 1 for row in rows]
+    rejected = [len(row["rejected"]) + 1 for row in rows]
+    # Two steps of four units, on rows of average size.
+    assert sft.units == dpo.units == 8
+    assert sft.tokens == pytest.approx(8 * (sum(prompts) + sum(chosen)) / 12)
+    assert dpo.tokens == pytest.approx(8 * (sum(prompts) + sum(chosen) + sum(rejected)) / 12)
+    assert sft.counted
+    assert dpo.counted
+
+
+def test_flops_follow_the_stated_model(values, tiny):
+    """6 a weight and token for all weights, 4 for LoRA, 2 more where a reference reads along."""
+    weights = parameters_of(tiny["llama"])
+    # Embeddings 259 × 16; attention 4 × 16 × 16; MLP 3 × 16 × 32; three norms of 16.
+    assert weights == 259 * 16 + 4 * 16 * 16 + 3 * 16 * 32 + 3 * 16
+    assert parameters_of(tiny["llama"], head=False) == weights - 259 * 16
+    assert train_flops(weights, 10, lora=False, reference=False) == 60 * weights
+    assert train_flops(weights, 10, lora=True, reference=True) == 60 * weights
+    assert forward_flops(weights, 10) == 20 * weights
+    plan = plan_study(make(values), machine=MACHINE)
+    assert plan.spent["sft"]["flops"] == pytest.approx(6 * weights * plan.spent["sft"]["tokens"])
+
+
+@pytest.mark.parametrize(("name", "size"), [("facebook/opt-350m", 350e6), ("org/Big-1.5B-chat", 1.5e9), ("nobody/knows", None)])
+def test_sizes_are_read_off_names(name, size):
+    assert parameters_of(name) == size
+
+
+def test_expected_sizes_win_over_names():
+    assert parameters_of("facebook/opt-350m", {"facebook/opt-350m": 331e6}) == 331_000_000
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(None, "unknown"), (45, "45 s"), (420, "7 min"), (9000, "2.5 h")])
+def test_times_for_people(seconds, words):
+    assert readable(seconds) == words
+
+
+# ---- budget and power
+
+
+def test_an_unequal_budget_is_a_warning_or_an_error(values):
+    plan = plan_study(make(values, "budget.equal=pairs"), machine=MACHINE)
+    # sft_dpo trains twice on eight pairs, the others once.
+    assert {arm: figures["pairs"] for arm, figures in plan.spent.items()} == {"sft": 8, "dpo": 8, "sft_dpo": 16}
+    assert any("sft_dpo spends more than" in warning for warning in plan.warnings)
+    check_budget(plan)
+    with pytest.raises(UsageError, match="sft 8, dpo 8, sft_dpo 16"):
+        check_budget(plan_study(make(values, "budget.equal=pairs", "budget.strict=true"), machine=MACHINE))
+    assert not plan_study(make(values), machine=MACHINE).warnings
+
+
+def test_the_smallest_detectable_difference_is_said_beforehand(values):
+    """Paired means: (z_0.975 + z_0.8) / √n standard deviations, z from the normal table."""
+    values["primary"].append({"a": "dpo", "b": "base", "metric": "hmr"})
+    plan = plan_study(make(values), machine=MACHINE)
+    mean, rate = plan.detectable
+    assert mean["n"] == rate["n"] == 3
+    assert mean["difference"] == pytest.approx((1.959964 + 0.841621) / math.sqrt(3), rel=1e-5)
+    # Three prompts can never reach p < 0.05 in an exact McNemar test (smallest p is 2 / 2³).
+    assert rate["difference"] is None
+
+
+def test_prompts_that_stand_twice_are_asked_once_and_limits_hold(values, files):
+    values["evaluation"]["prompts"] = [
+        {"source": files["prompts"]},
+        {"source": files["prompts"]},
+        {"data": "held_out", "axis": "helpful", "limit": 2},
+    ]
+    assert plan_study(make(values), machine=MACHINE).prompts == {"helpful": 5, "harmful": 3, "benign": 3}
+    values["evaluation"]["prompts"] = [{"source": files["prompts"], "axes": ["benign"], "limit": 1}]
+    assert plan_study(make(values), machine=MACHINE).prompts == {"benign": 1}
