@@ -154,11 +154,8 @@ def test_the_verdict_is_said_in_words(finished: Path) -> None:
         "sft and base are equivalent on reward on helpful prompts (+0.04, 95 % interval −0.10 to +0.18, inside the margin of ±0.20)."
         in text
     )
-    assert (
     assert "dpo against sft on reward on harmful prompts is undecided (+0.22, 95 % interval −0.17 to +0.61);" in text
     assert "about 410 prompts would decide it, 30 were asked." in text
-        in text
-    )
     assert "Primary contrasts that could not be tested: kto against sft on reward_harmful" in text
     assert "HmR: the null policy refuse scores highest" in text
 
