@@ -1,0 +1,71 @@
+"""`equipoise train` on a tiny model: plan, run, skip, and a loss of the user's own."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from equipoise.cli.main import main
+
+OWN = '''
+"""A loss of one's own."""
+
+from typing import ClassVar
+
+from equipoise.objectives._base import Losses, Needs, Objective, Scored
+
+
+class Two(Objective):
+    """Two nats a pair, plus nothing."""
+
+    paper: ClassVar[str] = "none"
+    departures: ClassVar[str] = "none"
+    needs: ClassVar[Needs] = Needs(roles=("chosen", "rejected"))
+
+    def __call__(self, scored: Scored) -> Losses:
+        """Two, with a gradient of zero."""
+        return Losses(2 + 0 * scored.side("chosen").policy_logps())
+'''
+
+
+@pytest.fixture
+def arguments(tiny, files, tmp_path):
+    sets = {
+        "model_name_or_path": tiny["llama"],
+        "streams.0.data.dataset_name": files["pairs"],
+        "per_device_train_batch_size": 4,
+        "tokenise.max_length": 256,
+    }
+    return [
+        "train",
+        "--json",
+        "--output-dir",
+        str(tmp_path / "run"),
+        *(word for key, value in sets.items() for word in ("--set", f"{key}={value}")),
+    ]
+
+
+def test_a_plan_trains_nothing(arguments, tmp_path, capsys):
+    assert main([*arguments, "--plan"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["streams"][0]["rows"] == 12
+    assert plan["steps"] == 3
+    assert not (tmp_path / "run").exists()
+
+
+def test_dpo_starts_at_ln_2_and_a_second_call_does_nothing(arguments, tmp_path, capsys):
+    assert main(arguments) == 0
+    assert not json.loads(capsys.readouterr().out)["skipped"]
+    first = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["skipped"]
+
+
+def test_an_objective_file_is_used(arguments, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(OWN, encoding="utf-8")
+    assert main([*arguments, "--objective-file", str(file)]) == 0
+    assert json.loads(capsys.readouterr().out)["results"]["train_loss"] == pytest.approx(2.0)
