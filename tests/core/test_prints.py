@@ -181,7 +181,7 @@ def test_forty_of_the_fifty_harmful_prompts_of_the_opt350m_study_stand_in_the_hh
     rows = PromptPrints.of(text[: text.rfind("\n\nAssistant:")] for text in conversations)
     harmful = json.loads((data / "opt350m-study/harmful_prompts.json").read_text(encoding="utf-8"))
     helpful = json.loads((data / "opt350m-study/helpful_prompts.json").read_text(encoding="utf-8"))
-    # 37 word for word, 2 cut elsewhere, 1 an earlier part of the same conversation.
+    # 37 word for word, 2 with part of the reply, 1 that carries on a conversation of the rows.
     found = PromptPrints.of(harmful).shared_with(rows)
     assert len(found) == 40
     assert sum(item.kind == "exact" for item in found) == 37

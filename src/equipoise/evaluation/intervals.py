@@ -163,7 +163,7 @@ def _resampled(samples: Sequence[Floats], weights: Sequence[float], resamples: i
         step = max(1, _CELLS // len(sample))
         for start in range(0, resamples, step):
             stop = min(resamples, start + step)
-            index = generator.integers(0, len(sample), (stop - start, len(sample)), dtype=np.int32)
+            index = generator.integers(0, len(sample), (stop - start, len(sample)), dtype=np.uint16 if len(sample) <= 65_536 else np.int64)
             drawn[start:stop] += weight * sample[index].mean(axis=1)
     return drawn
 

@@ -52,11 +52,13 @@ def sign_flip(samples: Sequence[Floats], weights: Sequence[float], draws: int = 
         patterns = 1 - 2 * ((np.arange(2 ** len(shares))[:, None] >> np.arange(len(shares))) & 1)
         return float((np.abs(patterns @ shares) >= found).mean()), True
     generator = np.random.default_rng(seed)
-    extreme, step = 0, max(1, _CELLS // len(shares))
+    extreme, step, width = 0, max(1, _CELLS // len(shares)), -(-len(shares) // 8)
     for start in range(0, draws, step):
-        signs = generator.integers(0, 2, (min(step, draws - start), len(shares)), dtype=np.int8)
+        rows = min(step, draws - start)
+        drawn = np.frombuffer(generator.bytes(rows * width), dtype=np.uint8).reshape(rows, width)
+        flipped = np.unpackbits(drawn, axis=1, count=len(shares)).astype(np.float64)
         # Σ ±share = Σ share − 2 Σ shares that are flipped
-        extreme += int((np.abs(shares.sum() - 2 * (signs @ shares)) >= found).sum())
+        extreme += int((np.abs(shares.sum() - 2 * (flipped @ shares)) >= found).sum())
     return (1 + extreme) / (1 + draws), False
 
 

@@ -74,15 +74,33 @@ class ScoreTable:
         """How many prompts these axes have."""
         return sum(prompt.axis in axes for prompt in self.prompts)
 
+    @cached_property
+    def cases(self) -> list[tuple[str, Case]]:
+        """Every prompt's axis, and what metrics may know of it."""
+        baseline = self.models.get(self.baseline) if self.baseline else None
+        return [
+            (prompt.axis, Case(prompt.id, self.passing, self.floors.get(prompt.id), baseline.of(prompt.id) if baseline else ()))
+            for prompt in self.prompts
+        ]
+
+    @cached_property
+    def _known(self) -> dict[tuple[Metric, str], list[Floats]]:
+        return {}
+
     def values(self, metric: Metric, name: str) -> list[Floats]:
         """A metric's value of every reply of a model: one [seeds, prompts] array per part of the metric; NaN is missing."""
+        key = (metric, name)
+        if key not in self._known:
+            self._known[key] = self._values(metric, name)
+        return self._known[key]
+
+    def _values(self, metric: Metric, name: str) -> list[Floats]:
         model = self.models[name]
         arrays = []
         for part in metric.parts:
-            prompts = [prompt for prompt in self.prompts if prompt.axis in part.axes]
-            cases = [self._case(prompt.id) for prompt in prompts]
+            cases = [case for axis, case in self.cases if axis in part.axes]
             rows = [[_number(part.value, replies.get(case.id), case) for case in cases] for replies in model.replies]
-            arrays.append(np.asarray(rows, dtype=np.float64).reshape(len(model.replies), len(prompts)))
+            arrays.append(np.asarray(rows, dtype=np.float64).reshape(len(model.replies), len(cases)))
         return arrays
 
     def pairs(self, axes: Sequence[str], a: str, b: str) -> Iterator[list[tuple[Judged, Judged]]]:
@@ -90,11 +108,6 @@ class ScoreTable:
         for prompt in self.prompts:
             if prompt.axis in axes:
                 yield [(left, right) for left in self.models[a].of(prompt.id) for right in self.models[b].of(prompt.id)]
-
-    def _case(self, prompt_id: str) -> Case:
-        baseline = self.models.get(self.baseline) if self.baseline else None
-        rivals = baseline.of(prompt_id) if baseline else ()
-        return Case(prompt_id, self.passing, self.floors.get(prompt_id), rivals)
 
 
 def over_seeds(values: Floats) -> Floats:
