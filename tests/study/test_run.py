@@ -112,6 +112,22 @@ def test_a_finished_study_is_not_run_again(finished):
     assert outcome(folder) == before
 
 
+def test_training_data_is_kept_apart_from_the_evaluation_and_the_judge_from_both(values, files, tmp_path):
+    """Held-out pairs that are also asked, trained on and judged by: they stay in the evaluation only, and are counted."""
+    for name in ("pairs", "judge"):
+        with open(files[name], "a", encoding="utf-8") as stream:
+            stream.write(Path(files["held_out"]).read_text(encoding="utf-8"))
+    values["evaluation"]["prompts"].append({"data": "held_out", "axis": "harmful"})
+    values["evaluation"]["null_policies"] = []
+    values["arms"] = {"base": [], "sft": ["sft"]}
+    values["primary"] = []
+    folder = run_study(make(values), tmp_path / "study", report=False)
+    for name, kept in (("sft", 12), ("judge", 8)):
+        loaded, _ = read_json(stage(folder, "train", name) / "accounting.json")["main"]["train"]
+        assert (loaded["rows_in"], loaded["kept"]) == (kept + 6, kept)
+    assert not read_json(folder / "evaluation" / "evaluation.json")["independence"]["blocked"]
+
+
 # ---- what was decided stays decided
 
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from equipoise.core.prints import PromptPrints
 from equipoise.core.records import Record
+from equipoise.data.accounting import Accounting
 from equipoise.data.load import load
+from equipoise.data.mixture import exclude, prompt_texts
 from equipoise.data.settings import DataSettings
 from equipoise.data.tokenise import tokenise
 from equipoise.generation._base import Prompt
@@ -45,9 +48,10 @@ class Sizer:
     def __init__(self, settings: StudySettings) -> None:
         self.settings = settings
         self.notes: list[str] = []
-        self._records: dict[str, list[Record] | None] = {}
+        self._records: dict[tuple[str, bool], list[Record] | None] = {}
         self._sizes: dict[tuple[Any, ...], Sizes | None] = {}
         self._tokenizers: dict[str, Any] = {}
+        self._asked: PromptPrints | None = None
 
     def recipe(self, node: Node) -> TrainSettings:
         """The training settings of a stage, without its data. Raises UsageError naming the stage."""
@@ -69,11 +73,13 @@ class Sizer:
         return Sizes(sum(part.rows for part in known), sum(part.tokens for part in known), all(part.counted for part in known))
 
     def axes(self, prompts: Sequence[Prompt] | None) -> dict[str, AxisSizes]:
-        """Prompts and their tokens for each axis; sources that are not at hand count with their limit."""
+        """Prompts and their tokens for each axis; sources that are not at hand count with their limit. To be asked first."""
         sources = self.settings.evaluation.prompts
         missing = [source for source in sources if not is_at_hand(source, self.settings.data)]
         if prompts is None and not missing:
             prompts = study_prompts(self.settings)
+        if prompts:
+            self._asked = PromptPrints.of([text for prompt in prompts for text in prompt_texts(prompt.messages)])
         found: dict[str, AxisSizes] = {}
         for prompt in prompts or ():
             tokens = sum(len(message.content) for message in prompt.messages) / CHARACTERS_A_TOKEN + 8
@@ -90,16 +96,18 @@ class Sizer:
 
     def _one(self, block: str, node: Node, objective: Mapping[str, Any]) -> Sizes | None:
         recipe = self.recipe(node)
-        key = (block, recipe.model_name_or_path, recipe.tokenise.model_dump_json(), str(dict(objective)))
+        # Held-out pairs may be asked in the evaluation; what is trained on may not.
+        trained = node.kind == "train"
+        key = (block, trained, recipe.model_name_or_path, recipe.tokenise.model_dump_json(), str(dict(objective)))
         if key not in self._sizes:
-            self._sizes[key] = self._measure(block, recipe, objective)
+            self._sizes[key] = self._measure(block, trained, recipe, objective)
         return self._sizes[key]
 
-    def _measure(self, block: str, recipe: TrainSettings, objective: Mapping[str, Any]) -> Sizes | None:
+    def _measure(self, block: str, trained: bool, recipe: TrainSettings, objective: Mapping[str, Any]) -> Sizes | None:
         from equipoise.objectives._load import build
 
         needs = build(objective).needs
-        records = self._load(block)
+        records = self._load(block, trained)
         if records is None:
             expected = self.settings.expected.get(block)
             if expected is None:
@@ -113,11 +121,19 @@ class Sizer:
         rows, _ = tokenise(records, self._tokenizer(recipe.model_name_or_path), recipe.tokenise, needs.roles, needs.facts)
         return Sizes(len(rows), float(sum(prompt + sum(replies) for prompt, replies in rows.lengths())), counted=True)
 
-    def _load(self, block: str) -> list[Record] | None:
-        if block not in self._records:
+    def _load(self, block: str, trained: bool) -> list[Record] | None:
+        key = (block, trained)
+        if key not in self._records:
             settings = self.settings.data[block]
-            self._records[block] = load(settings).records if _at_hand(settings) else None
-        return self._records[block]
+            self._records[key] = (self._kept(settings) if trained else load(settings).records) if _at_hand(settings) else None
+        return self._records[key]
+
+    def _kept(self, settings: DataSettings) -> list[Record]:
+        """The records of a block without those that a run keeps apart because their prompts are asked in the evaluation."""
+        if not self._asked or not self.settings.keep_apart:
+            return load(settings).records
+        records = load(settings.model_copy(update={"max_rows": None})).records
+        return exclude(records, {"the evaluation": self._asked}, settings.exclude_near, Accounting())[: settings.max_rows]
 
     def _tokenizer(self, name: str) -> Any:
         if name not in self._tokenizers:

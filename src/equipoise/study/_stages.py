@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from equipoise.core.errors import UsageError
 from equipoise.core.files import write_json, write_jsonl
+from equipoise.core.prints import PromptPrints
 from equipoise.core.records import Record
 from equipoise.core.runs import Run, run_stage
 from equipoise.data.load import load, source_fingerprint
+from equipoise.data.mixture import prompt_texts
 from equipoise.data.settings import DataSettings
 from equipoise.generation._base import Prompt, Sampling
 from equipoise.study._graph import Node, build_graph
@@ -20,6 +22,7 @@ from equipoise.study.settings import StudySettings
 
 PROMPTS = "prompts.jsonl"
 RANDOM_REPLIES = "random_replies.jsonl"
+APART_POLICIES, APART_JUDGE = "kept_apart/policies.npz", "kept_apart/judge.npz"
 
 
 class Stages:
@@ -31,6 +34,17 @@ class Stages:
     def prompts(self) -> list[Prompt]:
         """The evaluation prompts."""
         return study_prompts(self.settings)
+
+    def keep_apart(self, prompts: Sequence[Prompt]) -> None:
+        """Write down which prompts training data must not hold, before anything is trained."""
+        if not self.settings.keep_apart:
+            return
+        asked = PromptPrints.of([text for prompt in prompts for text in prompt_texts(prompt.messages)])
+        asked.save(self.folder / APART_POLICIES)
+        if self.settings.judge.data:
+            others = dict.fromkeys([*self.settings.policy_blocks(), *self.settings.judge.held_out])
+            seen = [text for name in others for record in self._records(name) for text in prompt_texts(record.prompt)]
+            PromptPrints.merge([asked, PromptPrints.of(seen)]).save(self.folder / APART_JUDGE)
 
     def run(self, node: Node) -> Run:
         """Run one stage, or find it done."""
@@ -64,7 +78,7 @@ class Stages:
             "streams": [
                 {
                     "name": "main" if len(node.streams) == 1 else "+".join(stream.data),
-                    "data": tuple(self._block(block, node.dev) for block in stream.data),
+                    "data": tuple(self._block(block, node) for block in stream.data),
                     "objective": dict(stream.objective),
                     "weight": stream.weight,
                 }
@@ -153,27 +167,24 @@ class Stages:
         """How prompts become tokens when asked: as in training, unless the evaluation says otherwise."""
         return dict(self.settings.training.get("tokenise", {}))
 
-    def _block(self, name: str, dev: bool) -> DataSettings:
+    def _block(self, name: str, node: Node) -> DataSettings:
         """A data block as a training stage reads it.
 
         `fit` takes the dev part of `train` data for its dev figures. Where a stage does not want that, its prompts must not
         count as seen (the judge may be trained on them), so the same clusters are asked for under another part's name.
         """
         block = self.settings.data[name]
-        if dev or block.part != "train":
+        if self.settings.keep_apart:
+            apart = str(self.folder / (APART_JUDGE if node.judge else APART_POLICIES))
+            block = block.model_copy(update={"exclude_prompts": (*block.exclude_prompts, apart)})
+        if node.dev or block.part != "train":
             return block
         train = block.split_fractions[0]
         return block.model_copy(update={"part": "dev", "split_fractions": (0.0, train, 1.0 - train)})
 
     def _replies(self) -> Path:
         """Replies of the training data, for the null policy that answers with a random one."""
-        names = dict.fromkeys(
-            block
-            for arm in self.settings.arms
-            for stage in self.settings.arm_stages(arm)
-            for stream in stage.references()
-            for block in stream.data
-        ) or dict.fromkeys(self.settings.judge.data)
+        names = self.settings.policy_blocks() or self.settings.judge.data
         if not names:
             raise UsageError("evaluation.null_policies: random_reply needs training data, and this study has none; leave it out.")
         texts = [reply.text for name in names for record in self._records(name) for reply in record.replies]

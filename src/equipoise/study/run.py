@@ -74,6 +74,7 @@ def run_study(settings: StudySettings, folder: str | Path | None = None, overwri
     rows = [prompt.as_json() for prompt in prompts]
     write_lock(folder, settings, rows, plan.detectable, overwrite)
     write_jsonl(folder / PROMPTS, rows)
+    stages.keep_apart(prompts)
     progress = _Progress(plan)
     for node in plan.graph.judge:
         _run_node(stages, progress, node)

@@ -160,6 +160,11 @@ class StudySettings(Settings):
     budget: BudgetSettings = Field(default=BudgetSettings(), description="what must be equal over arms")
     expected: dict[str, Expected] = Field(default={}, description="sizes of data blocks, for planning where they are not at hand")
     expected_parameters: dict[str, float] = Field(default={}, description="model → its parameters, for planning where it is not at hand")
+    keep_apart: bool = Field(
+        default=True,
+        description="leave out (and count) training rows whose prompt is asked in the evaluation; from the judge's data also the "
+        "prompts that policies or held-out pairs have",
+    )
     override_independence: bool = Field(default=False, description="show the headline though the judge shares prompts; stamps the report")
 
     @model_validator(mode="after")
@@ -198,6 +203,11 @@ class StudySettings(Settings):
             else:
                 found.append(stage)
         return tuple(found)
+
+    def policy_blocks(self) -> tuple[str, ...]:
+        """Data blocks that any arm is trained on, each once."""
+        stages = [stage for arm in self.arms for stage in self.arm_stages(arm)]
+        return tuple(dict.fromkeys(block for stage in stages for stream in stage.references() for block in stream.data))
 
     def _check_stage(self, where: str, stage: StageSettings) -> None:
         for stream in stage.references():
