@@ -16,6 +16,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
@@ -25,7 +27,7 @@ from transformers import (
 )
 
 from equipoise.generation._base import Sampling, stream
-from equipoise.generation._decode import choose, decode
+from equipoise.generation._decode import choose, decode, supports_cache
 
 V = 97
 SIZES = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -69,6 +71,16 @@ def test_a_padded_batch_says_what_generate_says_one_at_a_time(family):
     assert [reply.ids for reply in replies] == expected
     assert [reply.ended for reply in replies] == [ids[-1] in ENDS for ids in expected]
     assert len({tuple(ids) for ids in expected}) > 1
+
+
+def test_a_family_without_keys_and_values_to_keep_runs_again_from_the_start():
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
+    model.generation_config.pad_token_id = 0
+    assert not supports_cache(model)
+    for prompt in PROMPTS[:3]:
+        (reply,) = decode(model, [prompt], Sampling(max_new_tokens=20), np.zeros((1, 20)), ENDS)
+        assert reply.ids == theirs(model, prompt)
 
 
 def test_repetition_penalty_is_transformers_penalty():

@@ -10,12 +10,16 @@ import sys
 import time
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 
 from equipoise.core.errors import StageError, UsageError
 from equipoise.core.files import read_json, read_jsonl
 from equipoise.generation import GenerateSettings, generate
+from equipoise.generation._base import Sampling
 from equipoise.generation._stage import read_completions
 from equipoise.generation.local import LocalGenerator
+from equipoise.models.load import load_causal
 
 
 def settings_of(model_folder, prompts_file, output_dir, **sampling):
@@ -125,3 +129,23 @@ def test_a_null_policy_is_a_stage_too(prompts_file, tmp_path, prompts):
     rows = read_jsonl(run.folder / "completions.jsonl")
     assert [row["text"] for row in rows] == [prompt.messages[0].content for prompt in prompts]
     assert run.results["weights"] is None
+
+
+def test_an_adapter_generates_as_it_was_trained(model_folder, prompts_file, tmp_path, prompts, chat_tokenizer):
+    base = load_causal(model_folder, device="cpu")
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    sampling = Sampling(max_new_tokens=12)
+    expected = LocalGenerator(adapted.eval(), chat_tokenizer)(prompts, sampling)
+    settings = settings_of(tmp_path / "adapter", prompts_file, tmp_path / "adapted", max_new_tokens=12, temperature=0)
+    made = read_completions(generate(settings).folder / "completions.jsonl")
+    assert [completion.token_ids for completion in made] == [completion.token_ids for completion in expected]
+    plain = settings_of(model_folder, prompts_file, tmp_path / "plain", max_new_tokens=12, temperature=0)
+    others = read_completions(generate(plain).folder / "completions.jsonl")
+    assert others[0].weights != made[0].weights
+    assert [completion.token_ids for completion in others] != [completion.token_ids for completion in made]
+    assert set(settings.generator.inputs()) == {"model", "model base"}

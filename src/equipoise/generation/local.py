@@ -44,7 +44,7 @@ class LocalSettings(GeneratorSettings):
         return model_inputs("model", self.model_name_or_path)
 
     def build(self) -> Generator:
-        """Load the model; an adapter is merged into float32 weights, which generate faster without it."""
+        """Load the model. An adapter is merged into its base, which then generates faster (and, in bfloat16, rounds once more)."""
         from equipoise.models.load import load_causal, load_tokenizer, weights_fingerprint
 
         model: Any = load_causal(self.model_name_or_path, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
