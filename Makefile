@@ -32,7 +32,7 @@ parity: $(VENV)/.dev ## step by step against TRL 1.16 (minutes; outside CI)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,parity]'
 	$(BIN)/python -m pytest -m parity tests
 
-# The engine on the oldest transformers it supports, without datasets, matplotlib or TRL.
+# The engine on the oldest transformers it supports, without datasets or TRL.
 test-oldest: $(OLDEST)/.core ## the core on transformers 5.17
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -m "not slow and not parity and not gpu and not browser" \
 	  tests/core tests/data tests/models tests/objectives tests/reference tests/training

@@ -92,7 +92,7 @@ def test_a_damaged_store_is_caught(tmp_path: Path) -> None:
         path = next(store.folder.glob("shard-*/values.npy"))
         values = np.load(path)
         np.save(path, values + 0.5)
-        with pytest.raises(NumericsError, match=r"0\.5 nats off"):
+        with pytest.raises(NumericsError, match=r"0\.5 nats a token off"):
             check(model, rows, ReferenceStore(tmp_path, CONTEXT), "packed", CPU)
         np.save(path, values[:-1])
         with pytest.raises(DataError, match="does not fit together"):

@@ -46,6 +46,7 @@ def test_invalid_says_why(text, finish, reason):
 def test_cut_off_replies_may_count_as_valid():
     (verdict,) = InvalidRule(cut_is_invalid=False)([reply("Mix flour with water and", "length")])
     assert verdict.value == 0.0
+    assert verdict.reason == "cut", "its share is still reported"
 
 
 def test_repetition_is_the_share_of_repeated_fourgrams():

@@ -131,7 +131,8 @@ class Stages:
 
         asked = self.settings.evaluation
         assert node.start is not None
-        scorers: list[dict[str, Any] | str] = ["invalid", "refusal", "length"]
+        rules = ("invalid", "refusal", "length")
+        scorers: list[dict[str, Any]] = [{"scorer": "rules", "rule": rule, **asked.scoring.get(rule, {})} for rule in rules]
         scorers.append(self._reward_model())
         if asked.kl_to_base and node.policy is None and node.start.start is not None:
             pair = {"model_name_or_path": self._model(node.start), "base_model_name_or_path": self.settings.model_name_or_path}

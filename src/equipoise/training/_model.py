@@ -115,12 +115,18 @@ def autocast_for(settings: TrainSettings, device: torch.device) -> Callable[[], 
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
 
 
+def stored_tolerance(report: dict[str, Any]) -> float:
+    """Mean nats a token by which log-probs from other batch shapes may differ: twice what the start check allowed, at least 1e-3."""
+    return float(max(2 * report["tolerance"], 1e-3))
+
+
 def fill_store(
     settings: TrainSettings,
     model: Any,
     fresh_adapter: bool,
     rows: Sequence[TokenRow],
     form: Form,
+    tolerance: float,
     root: Path,
     device: torch.device,
     rank: int,
@@ -128,6 +134,7 @@ def fill_store(
 ) -> tuple[ReferenceStore, dict[str, float]]:
     """The store with the reference's log-probs of these rows. Returns it with what building it cost.
 
+    tolerance: mean nats a token by which entries already there may differ from what the model gives now.
     The reference is the start model (its fresh adapter off), or the model that `reference_model` names, which is loaded
     only where the store lacks rows, and let go of again.
     """
@@ -137,7 +144,8 @@ def fill_store(
     if settings.reference_model is not None:
         register()
         reference = load_causal(settings.reference_model, dtype=settings.dtype, device=device)
-        form, _ = choose_form(reference, rows, settings.attention, device, autocast)
+        form, report = choose_form(reference, rows, settings.attention, device, autocast)
+        tolerance = stored_tolerance(report)
         weights, adapter = weights_fingerprint(reference, skip_adapters=False), "active" if hasattr(reference, "peft_config") else "none"
     elif fresh_adapter:
         adapter_off = model.disable_adapter
@@ -149,9 +157,7 @@ def fill_store(
     known = [row for row in rows[:CHECKED_ROWS] if not store.missing([row])]
     with adapter_off(), nullcontext() if form == "padded" else attention_of(unwrapped(reference), NAME):
         if known:
-            check(
-                reference, known, store, form, device, autocast, tolerance=5e-2 if settings.bf16 or settings.dtype == "bfloat16" else 1e-3
-            )
+            check(reference, known, store, form, device, autocast, tolerance)
         cost = build(reference, rows, store, form, settings.token_budget, device, autocast, rank, world_size)
     if world_size > 1:
         torch.distributed.barrier()

@@ -1,8 +1,9 @@
 """The start check: our log-probs against the model's own, on the run's weights and rows, before anything is trained.
 
-Ours must equal plain, unshared, unpadded forwards under the model's native attention: 1e-4 nats in float32; in
-bfloat16 no further off than two native batch shapes are from each other (a factor of two allowed, since both are
-maxima of few draws). On failure the next simpler form is tried: packed, separate rows, padded plain rows.
+Ours must equal plain, unshared, unpadded forwards under the model's native attention: no token further off than 1e-4 nats
+in float32. In bfloat16 no further off, on average over tokens, than two native batch shapes of the same model are from
+each other (twice that is allowed: both are means of a few hundred draws, and a largest difference would be one draw).
+On failure the next simpler form is tried: packed, separate rows, padded plain rows.
 """
 
 from __future__ import annotations
@@ -55,16 +56,16 @@ def choose_form(
         probes = probe_rows(rows, _window(model))
         native = _native(model, probes, device, autocast)
         low = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in model.parameters()) or autocast is not nullcontext
-        tolerance = FLOAT32_TOLERANCE
+        distance, tolerance = _furthest, FLOAT32_TOLERANCE
         if low:
             with torch.no_grad(), autocast():
                 other = policy_logps(model, pack(probes, "padded", _pad(model)).to(device)).float()
-            tolerance = max(FLOAT32_TOLERANCE, 2 * _furthest(other, native))
+            distance, tolerance = _typical, max(FLOAT32_TOLERANCE, 2 * _typical(other, native))
         report: dict[str, Any] = {"tolerance": tolerance, "rows": [row.id for row in probes], "tried": {}}
         for form in FORMS if wanted == "auto" else (wanted,):
             if form == "packed" and max(len(row.branches) for row in rows) == 1:
                 continue  # nothing to share: separate rows are the same thing
-            difference, problem = _difference(model, probes, native, form, device, autocast)
+            difference, problem = _difference(model, probes, native, form, device, autocast, distance)
             report["tried"][form] = {"difference": difference, "problem": problem}
             if problem is None and difference is not None and difference <= tolerance:
                 report["form"] = form
@@ -113,7 +114,13 @@ def check_scores(model: Any, rows: Sequence[TokenRow], device: torch.device, aut
 
 
 def _difference(
-    model: Any, rows: Sequence[TokenRow], native: Tensor, form: Form, device: torch.device, autocast: Autocast
+    model: Any,
+    rows: Sequence[TokenRow],
+    native: Tensor,
+    form: Form,
+    device: torch.device,
+    autocast: Autocast,
+    distance: Callable[[Tensor, Tensor], float],
 ) -> tuple[float | None, str | None]:
     try:
         with torch.no_grad(), autocast(), nullcontext() if form == "padded" else attention_of(unwrapped(model), NAME):
@@ -121,7 +128,7 @@ def _difference(
     # A family may fail in any way when its attention is replaced; whatever it raises, the answer is the next form.
     except Exception as error:
         return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-    difference = _furthest(ours, native)
+    difference = distance(ours, native)
     return (difference, None) if difference == difference else (None, "its log-probs are not finite")
 
 
@@ -139,6 +146,11 @@ def _native(model: Any, rows: Sequence[TokenRow], device: torch.device, autocast
 
 def _furthest(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max())
+
+
+def _typical(one: Tensor, other: Tensor) -> float:
+    """Mean distance over the tokens there are: padding is 0 in both."""
+    return float((one - other).abs().sum() / (other != 0).sum())
 
 
 def _reach(row: TokenRow) -> int:

@@ -163,6 +163,8 @@ def _verdicts(folder: Path, entry: _Model, prompts: Mapping[str, TestPrompt]) ->
                 found[name][by] = None
             else:
                 found[name][by] = bool(value) if by in ("invalid", "refusal") else float(value)
+            if by == "invalid" and value is not None:
+                found[name]["cut"] = row.get("reason") == "cut"
     return found
 
 
