@@ -119,7 +119,7 @@ def packed_attention(
         query, key, value = query.float(), key.float(), value.float()
     # One split instead of many slices: its backward is one concatenation, a slice's would be a zero-filled copy each.
     heads = [length for row in attention_mask.rows for length in (row.prompt + row.branches[0], *row.branches[1:])]
-    queries, keys, values = (iter(part.split(heads, dim=2)) for part in (query, key, value))
+    queries, keys, values = (iter(torch.split(part, heads, dim=2)) for part in (query, key, value))
     outputs = []
     for row in attention_mask.rows:
         first_q, first_k, first_v = next(queries), next(keys), next(values)

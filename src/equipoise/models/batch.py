@@ -66,7 +66,7 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device."""
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.to(device, non_blocking=True)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), torch.Tensor)
@@ -149,7 +149,7 @@ def _branches(rows: Sequence[TokenRow]) -> dict[str, Any]:
         "branch": _tensor(np.repeat(np.arange(len(branches)), counts)),
         "offset": _tensor(np.concatenate([np.arange(count) for count in counts])),
         "unit": _tensor(np.repeat(np.arange(len(rows)), [len(row.branches) for row in rows])),
-        "role": _tensor(np.array([REPLY_ROLES.index(branch.role) for branch in branches])),  # type: ignore[arg-type]
+        "role": _tensor(np.array([REPLY_ROLES.index(branch.role) for branch in branches])),
         "mask": torch.from_numpy(mask),
         "facts": {name: torch.tensor([branch.facts.get(name, np.nan) for branch in branches], dtype=torch.float64) for name in names},
     }

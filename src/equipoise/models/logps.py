@@ -44,7 +44,7 @@ def token_logps(logits: Tensor, target: Tensor) -> Tensor:
     """log π(target) under each row of logits. [R, V], [R] → [R] nats."""
     if logits.shape[:1] != target.shape:
         raise NumericsError(f"{tuple(logits.shape)} logits do not fit {tuple(target.shape)} targets.")
-    return TokenLogps.apply(logits, target)  # type: ignore[no-any-return]
+    return TokenLogps.apply(logits, target)  # type: ignore[no-untyped-call]
 
 
 def policy_logps(model: Any, batch: PackedBatch) -> Tensor:

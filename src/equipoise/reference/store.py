@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,7 +90,7 @@ class ReferenceStore:
             write_json(self.folder / "context.json", asdict(self.context) | {"numerics": NUMERICS})
         temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=".part-"))
         starts = np.concatenate([[0], np.cumsum([len(values) for values in entries.values()])]).astype(np.int64)
-        arrays = {
+        arrays: dict[str, NDArray[Any]] = {
             "keys": np.frombuffer(b"".join(entries), dtype=np.uint8).reshape(-1, 16),
             "starts": starts,
             "values": np.concatenate(list(entries.values())),

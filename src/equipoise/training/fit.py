@@ -25,6 +25,7 @@ from equipoise.core.progress import bar, say
 from equipoise.core.runs import Run, run_stage
 from equipoise.data.plan import Planner
 from equipoise.models.attention import NAME
+from equipoise.models.batch import Form
 from equipoise.models.load import load_tokenizer
 from equipoise.models.logps import unwrapped
 from equipoise.objectives._base import Losses, Needs, Objective, Scored
@@ -175,7 +176,8 @@ class _Fit:
         autocast = autocast_for(self.settings, device)
         rows = self.streams[0].rows
         if self.readout == "score":
-            form, report = "padded", check_scores(policy, rows, device, autocast)
+            form: Form = "padded"
+            report = check_scores(policy, rows, device, autocast)
         else:
             form, report = choose_form(policy, rows, self.settings.attention, device, autocast)
         ends = {self.tokenizer.eos_token_id, *_ends(policy)} - {None}
@@ -327,7 +329,7 @@ class _Fit:
         return cost
 
 
-def _ends(model: Any) -> set[int]:
+def _ends(model: Any) -> set[int | None]:
     """End-of-sequence ids the model's generation settings name."""
     end = getattr(getattr(unwrapped(model), "generation_config", None), "eos_token_id", None)
     return set(end) if isinstance(end, (list, tuple)) else {end}

@@ -113,7 +113,7 @@ class PreferenceTrainer(Trainer):
         model.train(training)
         metrics |= {f"{metric_key_prefix}_loss": total, f"{metric_key_prefix}_runtime": round(time.monotonic() - start, 3)}
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
