@@ -90,7 +90,7 @@ def run_study(settings: StudySettings, folder: str | Path | None = None, overwri
     if report:
         from equipoise.study.report import build_report
 
-        say(f"report: {build_report(folder)}")
+        build_report(folder)
     return folder
 
 
