@@ -199,13 +199,16 @@ def test_where_every_arm_failed_nothing_is_said(values, tmp_path, monkeypatch):
 
 
 def test_killed_at_several_points_and_continued_it_ends_the_same(finished, tmp_path):
-    """kill -9 while the judge trains, while an arm answers and while it is scored; then the study is run to its end."""
+    """kill -9 while the judge trains, an arm answers, a reference is built, an arm is scored and the report is written."""
     values, undisturbed = finished
     file, folder = tmp_path / "study.yaml", tmp_path / "study"
     file.write_text(yaml.safe_dump(values), encoding="utf-8")
-    for mark in ("train-judge-*/inputs.json", "generate-sft-*/inputs.json", "score-sft_dpo-*/inputs.json"):
+    # A stage's accounting is written just before its reference is built.
+    for mark in ("train-judge-*/inputs.json", "generate-sft-*/inputs.json", "train-dpo*/accounting.json", "score-sft_dpo-*/inputs.json"):
         kill_when(file, folder, f"stages/{mark}")
         assert not (folder / "evaluation" / "done.json").exists()
+    kill_when(file, folder, "report/figures/*.svg")
+    assert not (folder / "report" / "report.html").exists()
     run_study(make(values), folder)
     ours, theirs = outcome(folder), outcome(undisturbed)
     assert ours[:3] == theirs[:3]

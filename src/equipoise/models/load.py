@@ -12,6 +12,7 @@ import io
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -266,7 +267,8 @@ def _with_adapter(model: Any, adapter: str, trainable: bool) -> Any:
     if not is_adapter(adapter):
         raise UsageError(f"{adapter} is not an adapter folder: {ADAPTER_CONFIG} is missing.")
     try:
-        return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+        with renaming_is_known():
+            return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
     except (ValueError, RuntimeError, KeyError) as error:
         raise UsageError(f"The adapter {adapter} does not fit its base model: {error}") from error
 
@@ -323,6 +325,14 @@ def _quiet() -> None:
     """transformers draws progress bars into pipes too; ours stay silent there."""
     if not console.is_terminal:
         transformers_logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def renaming_is_known() -> Iterator[None]:
+    """PEFT still asks for `is_gradient_checkpointing`, which transformers is renaming: nothing a user could act on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
 
 
 @contextlib.contextmanager

@@ -75,6 +75,8 @@ class Stages:
             "model_name_or_path": self._start(node),
             "output_dir": str(node.folder(self.folder)),
             "seed": node.seed,
+            # Dev prompts a stage looks at count as seen, and here they may be the judge's: so only where the stage asks.
+            "eval_on_dev": node.dev,
             "streams": [
                 {
                     "name": "main" if len(node.streams) == 1 else "+".join(stream.data),
@@ -169,19 +171,12 @@ class Stages:
         return dict(self.settings.training.get("tokenise", {}))
 
     def _block(self, name: str, node: Node) -> DataSettings:
-        """A data block as a training stage reads it.
-
-        `fit` takes the dev part of `train` data for its dev figures. Where a stage does not want that, its prompts must not
-        count as seen (the judge may be trained on them), so the same clusters are asked for under another part's name.
-        """
+        """A data block as a training stage reads it: without the prompts it has to be kept apart from."""
         block = self.settings.data[name]
-        if self.settings.keep_apart:
-            apart = str(self.folder / (APART_JUDGE if node.judge else APART_POLICIES))
-            block = block.model_copy(update={"exclude_prompts": (*block.exclude_prompts, apart)})
-        if node.dev or block.part != "train":
+        if not self.settings.keep_apart:
             return block
-        train = block.split_fractions[0]
-        return block.model_copy(update={"part": "dev", "split_fractions": (0.0, train, 1.0 - train)})
+        apart = str(self.folder / (APART_JUDGE if node.judge else APART_POLICIES))
+        return block.model_copy(update={"exclude_prompts": (*block.exclude_prompts, apart)})
 
     def _replies(self) -> Path:
         """Replies of the training data, for the null policy that answers with a random one."""

@@ -15,7 +15,7 @@ from equipoise.core.files import file_fingerprint
 from equipoise.data.rows import TokenRow
 from equipoise.models.attention import NAME, attention_of, register
 from equipoise.models.batch import Form
-from equipoise.models.load import is_adapter, load_causal, load_sequence_classifier, resolve_model, weights_fingerprint
+from equipoise.models.load import is_adapter, load_causal, load_sequence_classifier, renaming_is_known, resolve_model, weights_fingerprint
 from equipoise.models.logps import unwrapped
 from equipoise.reference.build import build, check
 from equipoise.reference.key import Context
@@ -69,16 +69,15 @@ def make_trainable(model: Any, settings: TrainSettings, readout: str) -> tuple[A
 
         targets: Any = settings.lora_target_modules
         torch.manual_seed(settings.seed)
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                r=settings.lora_r,
-                lora_alpha=settings.lora_alpha,
-                lora_dropout=settings.lora_dropout,
-                target_modules=targets if isinstance(targets, str) else list(targets),
-                task_type="SEQ_CLS" if readout == "score" else "CAUSAL_LM",
-            ),
+        adapter = LoraConfig(
+            r=settings.lora_r,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            task_type="SEQ_CLS" if readout == "score" else "CAUSAL_LM",
         )
+        with renaming_is_known():
+            model = get_peft_model(model, adapter)
         fresh = True
     elif not settings.use_peft:
         if hasattr(model, "merge_and_unload"):

@@ -47,7 +47,7 @@ def make_streams(
         if given is None and stream.data is None:
             raise UsageError(f"Stream {stream.name!r} has no data: set streams.{number}.data.dataset_name, or hand rows over in memory.")
         train.append(_rows(given, stream, settings, objective, tokenizer, dev=False))
-        if given_dev is not None or (given is None and _has_dev(stream)):
+        if given_dev is not None or (given is None and settings.eval_on_dev and _has_dev(stream)):
             rows = _rows(given_dev, stream, settings, objective, tokenizer, dev=True, may_be_empty=True)
             dev.append(rows if len(rows.rows) else None)
         else:

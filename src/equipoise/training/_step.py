@@ -22,6 +22,9 @@ from equipoise.training.meters import Meters
 Tensor = torch.Tensor
 
 
+RandomState = tuple[Tensor, Tensor | None]
+
+
 class StepRunner:
     """Runs steps of a plan on one rank.
 
@@ -58,7 +61,7 @@ class StepRunner:
             stream = self.streams[micro.stream]
             with self.sync(number == len(micro_batches) - 1):
                 if number in random_state:
-                    torch.set_rng_state(random_state[number])
+                    _set_random_state(random_state[number])
                 scored, _ = self.forward.scored(model, stream, micro.rows)
                 if number in cotangents:
                     losses, gradient = cotangents[number]
@@ -75,20 +78,20 @@ class StepRunner:
                 self.meters.add(losses.meters, f"{stream.name}/" if len(self.streams) > 1 else "")
         return total
 
-    def _coupled(self, model: Any, micro_batches: Sequence[MicroBatch]) -> tuple[dict[int, tuple[Losses, Tensor]], dict[int, Tensor]]:
+    def _coupled(self, model: Any, micro_batches: Sequence[MicroBatch]) -> tuple[dict[int, tuple[Losses, Tensor]], dict[int, RandomState]]:
         """First pass of coupled objectives: per micro-batch, its losses and ∂(sum of losses)/∂(log-probs) [N, T].
 
         Also the random state each micro-batch began with, so that dropout is the same in the second pass.
         """
         cotangents: dict[int, tuple[Losses, Tensor]] = {}
-        states: dict[int, Tensor] = {}
+        states: dict[int, RandomState] = {}
         for index, stream in enumerate(self.streams):
             if not stream.objective.needs.coupled:
                 continue
             mine = [number for number, micro in enumerate(micro_batches) if micro.stream == index]
             parts = []
             for number in mine:
-                states[number] = torch.get_rng_state()
+                states[number] = _random_state(self.forward.device)
                 with torch.no_grad():
                     parts.append(detached(self.forward.scored(model, stream, micro_batches[number].rows)[0]))
             everyone, first = self._gather(parts, [micro_batches[number].idle for number in mine])
@@ -137,3 +140,14 @@ class StepRunner:
                 f"The {name} loss is not finite for rows {', '.join(bad[:8])} (micro-batch: {row_names(stream, micro)}). "
                 "The weights were not updated. Lower the learning rate, or look at these rows."
             )
+
+
+def _random_state(device: torch.device) -> RandomState:
+    """The random states a forward pass draws its dropout from."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: RandomState) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1])

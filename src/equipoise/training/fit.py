@@ -36,7 +36,7 @@ from equipoise.training._streams import Forward, Stream
 from equipoise.training.checkpoints import CompleteMark, newest_complete
 from equipoise.training.settings import TrainSettings
 from equipoise.training.start_check import check_scores, choose_form
-from equipoise.training.trainer import PreferenceTrainer, ProgressLine
+from equipoise.training.trainer import LogLines, PreferenceTrainer, ProgressLine
 
 __all__ = ["Needs", "TrainSettings", "fit"]
 
@@ -157,6 +157,7 @@ class _Fit:
             "train_loss": outcome.training_loss,
             "dev": {name: value for name, value in final.items() if isinstance(value, float)},
             "form": forward.form,
+            "resumed_from": None if resume is None else resume.name,
             "cost": cost,
         }
 
@@ -247,7 +248,12 @@ class _Fit:
             planner=planner,
             dev_planner=dev_planner,
             forward=forward,
-            callbacks=[CompleteMark(), ProgressLine(bar, self.settings.streams[0].objective.get("name", "training")), *self.callbacks],
+            callbacks=[
+                CompleteMark(),
+                LogLines(self.folder / "log.jsonl"),
+                ProgressLine(bar, self.settings.streams[0].objective.get("name", "training")),
+                *self.callbacks,
+            ],
             processing_class=self.tokenizer,
         )
         for kind in (PrinterCallback, ProgressCallback):
@@ -314,7 +320,10 @@ class _Fit:
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
     def _cost(self, policy: Any, trainer: PreferenceTrainer, seconds: float) -> dict[str, float]:
-        """FLOPs are counted as 2 a weight and token forward, 2 backward for activations, 2 more where weights have gradients."""
+        """What the run spent; `seconds` are those of the call that finished it (see `resumed_from`).
+
+        FLOPs are counted as 2 a weight and token forward, 2 backward for activations, 2 more where weights have gradients.
+        """
         total = sum(parameter.numel() for parameter in policy.parameters())
         trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
         spent = trainer.spent()

@@ -60,6 +60,7 @@ class TrainSettings(Settings):
     )
     dropout: bool = Field(default=False, description="keep the model's own dropout on (LoRA's is always its own)")
 
+    eval_on_dev: bool = Field(default=True, description="where the data names its train part, tell figures on its dev part while training")
     eval_steps: int = Field(default=0, ge=0, description="steps between dev evaluations; 0: at the end of each epoch")
     logging_steps: int = Field(default=1, ge=1, description="steps between log lines")
     save_steps: int = Field(default=0, ge=0, description="steps between checkpoints; 0: at the end of each epoch")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from equipoise.core.errors import UsageError
+from equipoise.core.files import JsonlAppender, write_jsonl
 from equipoise.core.progress import Bar
 from equipoise.data.plan import Planner, Step
 from equipoise.training._step import StepRunner
@@ -166,6 +168,31 @@ class _EpochOfSteps(TrainerCallback):
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called before the first step of an epoch."""
         self.steps.epoch = state.global_step // len(self.steps)
+
+
+class LogLines(TrainerCallback):
+    """Writes every logged line to a file as it comes, so that a run can be watched; a resumed run first puts back what counts."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lines: JsonlAppender | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The history up to the checkpoint; lines of steps that a kill undid are gone."""
+        if state.is_world_process_zero:
+            write_jsonl(self._path, state.log_history)
+            self._lines = JsonlAppender(self._path)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """One more line."""
+        if self._lines is not None:
+            self._lines.add(state.log_history[-1:])
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Close the file; `fit` writes it once more as a whole, with the last evaluation."""
+        if self._lines is not None:
+            self._lines.close()
+            self._lines = None
 
 
 class ProgressLine(TrainerCallback):
