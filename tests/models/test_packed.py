@@ -103,6 +103,16 @@ def test_a_wrong_window_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     assert form == "padded"
 
 
+def test_bfloat16_is_judged_by_the_models_own_scatter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding is let through, a forgotten window is not."""
+    from equipoise.models import attention
+
+    assert choose_form(tiny("mistral").bfloat16(), ROWS, "auto", CPU)[0] == "packed"
+    monkeypatch.setattr(attention.RowMask, "causal", lambda self, length, dtype, device: None)
+    form, report = choose_form(tiny("mistral").bfloat16(), ROWS, "auto", CPU)
+    assert form == "padded", report
+
+
 def test_a_forced_form_that_is_wrong_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     from equipoise.models import attention
 

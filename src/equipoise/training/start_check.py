@@ -1,8 +1,9 @@
 """The start check: our log-probs against the model's own, on the run's weights and rows, before anything is trained.
 
 Ours must equal plain, unshared, unpadded forwards under the model's native attention: no token further off than 1e-4 nats
-in float32. In bfloat16 no further off, on average over tokens, than two native batch shapes of the same model are from
-each other (twice that is allowed: both are means of a few hundred draws, and a largest difference would be one draw).
+in float32. In bfloat16 no further off, on average over tokens, than the model's own ways of computing them are from each
+other: another batch shape, and eager attention (twice the larger is allowed: these are means of a few hundred draws, and a
+largest difference would be one draw). One shape alone will not do, since it may happen to run the very same kernels.
 On failure the next simpler form is tried: packed, separate rows, padded plain rows.
 """
 
@@ -58,9 +59,8 @@ def choose_form(
         low = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in model.parameters()) or autocast is not nullcontext
         distance, tolerance = _furthest, FLOAT32_TOLERANCE
         if low:
-            with torch.no_grad(), autocast():
-                other = policy_logps(model, pack(probes, "padded", _pad(model)).to(device)).float()
-            distance, tolerance = _typical, max(FLOAT32_TOLERANCE, 2 * _typical(other, native))
+            distance = _typical
+            tolerance = max(FLOAT32_TOLERANCE, *(2 * _typical(other, native) for other in _native_ways(model, probes, device, autocast)))
         report: dict[str, Any] = {"tolerance": tolerance, "rows": [row.id for row in probes], "tried": {}}
         for form in FORMS if wanted == "auto" else (wanted,):
             if form == "packed" and max(len(row.branches) for row in rows) == 1:
@@ -142,6 +142,18 @@ def _native(model: Any, rows: Sequence[TokenRow], device: torch.device, autocast
             logits = model(input_ids=ids, use_cache=False).logits[0, len(row.prompt) - 1 : -1]
         values[number, : len(branch.ids)] = token_logps(logits, ids[0, len(row.prompt) :]).float()
     return values
+
+
+def _native_ways(model: Any, rows: Sequence[TokenRow], device: torch.device, autocast: Autocast) -> list[Tensor]:
+    """The same log-probs the model's own other ways: padded together, and under eager attention where the family has it."""
+    with torch.no_grad(), autocast():
+        ways = [policy_logps(model, pack(rows, "padded", _pad(model)).to(device)).float()]
+    try:
+        with attention_of(unwrapped(model), "eager"):
+            ways.append(_native(model, rows, device, autocast))
+    except (ValueError, NotImplementedError):  # the family cannot switch
+        pass
+    return ways
 
 
 def _furthest(one: Tensor, other: Tensor) -> float:
