@@ -159,3 +159,16 @@ def test_markdown_says_the_same(finished: Path) -> None:
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1, table
     assert "figures/helpful_vs_harmless.svg" in text
+
+
+def test_a_copy_to_hand_on_holds_no_texts(study: Path, tmp_path: Path) -> None:
+    """Prompts and replies belong to whoever licensed them; figures, rewards and flags are ours."""
+    rows = [json.loads(line) for line in (study / "evaluation/replies.jsonl").read_text(encoding="utf-8").splitlines()]
+    whole = build_report(study).read_text(encoding="utf-8")
+    bare = build_report(study, tmp_path / "copy", texts=False).read_text(encoding="utf-8")
+    shown = [reply["text"] for row in rows for reply in row["replies"].values() if re.fullmatch(r"[\w ,.]{30,200}", reply["text"])]
+    assert shown, "the synthetic study has plain replies to look for"
+    assert all(text in whole for text in shown)
+    assert not any(text in bare for text in shown)
+    assert "left out of this copy" in bare
+    assert "left out of this copy" in (tmp_path / "copy" / "report.md").read_text(encoding="utf-8")

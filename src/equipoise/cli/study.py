@@ -63,13 +63,14 @@ def run(name: Name, overrides: Set = None, output_dir: OutputDir = None, overwri
 def report(
     study: Annotated[str, typer.Argument(help="study folder, or the name of a study in runs/")],
     output_dir: Annotated[str | None, typer.Option("--output-dir", help="where to write it (default: the study's report/)")] = None,
+    texts: Annotated[bool, typer.Option("--texts/--no-texts", help="show prompts and replies; without, the copy can be handed on")] = True,
     as_json: Json = False,
 ) -> None:
     """Rebuild the report from the files of a study folder."""
     from equipoise.study.report import build_report
 
     folder = Path(study) if Path(study).is_dir() else Path("runs") / study
-    path = build_report(folder, Path(output_dir) if output_dir else None)
+    path = build_report(folder, Path(output_dir) if output_dir else None, texts)
     if as_json:
         emit_json({"report": str(path)})
     else:

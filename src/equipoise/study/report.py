@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,17 @@ _CAPTIONS = {
 }
 
 
-def build_report(study_folder: Path, output: Path | None = None) -> Path:
+_LEFT_OUT = "(left out of this copy)"
+
+
+def build_report(study_folder: Path, output: Path | None = None, texts: bool = True) -> Path:
     """Write `report.html`, `report.md` and `figures/` from the files of a study.
 
     Args:
         study_folder: what `study run` wrote (docs/contracts.md); any of its parts may be missing, and the report says so.
         output: folder to write into; None: `report/` in the study folder.
+        texts: show prompts and replies. Off makes a copy that can be handed on where the data's licence, or its content, forbids
+            handing on the texts; rewards and flags stay, and the page says so.
 
     Returns:
         The path of `report.html`.
@@ -61,9 +67,11 @@ def build_report(study_folder: Path, output: Path | None = None) -> Path:
         EquipoiseError: a file could not be written.
     """
     files = read_study(study_folder)
+    if not texts:
+        files = replace(files, replies=[_without_texts(row) for row in files.replies])
     output = Path(output) if output is not None else Path(study_folder) / "report"
     wide, narrow = figures.figures(files, figures.WIDE), figures.figures(files, figures.NARROW)
-    content = _content(files)
+    content = {**_content(files), "texts": texts}
     for name in _CAPTIONS:
         path = output / "figures" / f"{name}.svg"
         if name in wide:
@@ -160,6 +168,12 @@ def _explorer(files: StudyFiles) -> dict[str, Any]:
             for number, row in enumerate(files.replies)
         ],
     }
+
+
+def _without_texts(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A prompt and its replies with figures only."""
+    replies = {name: {**mapping(reply), "text": _LEFT_OUT} for name, reply in mapping(row.get("replies")).items()}
+    return {**row, "prompt": _LEFT_OUT, "replies": replies}
 
 
 def _turns(prompt: Any) -> list[list[str]]:
