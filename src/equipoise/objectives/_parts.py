@@ -1,13 +1,21 @@
-"""Pieces objectives share: stable links and the meters every pairwise method reports under TRL's names."""
+"""Pieces objectives share: stable links, the two sides of a pair, and the meters every pairwise method reports under TRL's names."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.nn.functional import softplus
 
+from equipoise.objectives._base import Losses, Scored
+
 Tensor = torch.Tensor
+Reduction = Literal["mean", "sum"]
+
+EXPONENT_LIMIT = 80.0
+"""Largest exponent an objective may raise e to: e^80 ≈ 5.5e34 stays finite in float32."""
 
 
 def logistic(margin: Tensor) -> Tensor:
@@ -48,3 +56,55 @@ def log1mexp(logps: Tensor) -> Tensor:
 def log_odds(logps: Tensor) -> Tensor:
     """log p − log(1 − p) from log-probabilities log p."""
     return logps - log1mexp(logps)
+
+
+def power_score(logs: Tensor, alpha: float) -> Tensor:
+    """(1 − u^{−α})/α of u = e^logs, elementwise; log u at α = 0. The exponent is capped at EXPONENT_LIMIT, where the gradient ends."""
+    if alpha == 0:
+        return logs
+    return -torch.expm1((-alpha * logs).clamp(max=EXPONENT_LIMIT)) / alpha
+
+
+def negative_log_likelihood(side: Scored, reduction: Reduction) -> Tensor:
+    """[N] −log π_θ(y|x) of each reply: its sum over tokens, or its mean per token [nats]."""
+    return -_reduced(side, side.policy_logps(), reduction)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two sides of each unit with their rewards [U], of which a pairwise method makes its loss."""
+
+    chosen: Scored
+    rejected: Scored
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+
+    @property
+    def margin(self) -> Tensor:
+        """[U] chosen reward − rejected reward."""
+        return self.chosen_rewards - self.rejected_rewards
+
+    def losses(self, loss: Tensor) -> Losses:
+        """These losses [U] with the meters of a pair."""
+        logps = self.chosen.policy_logps(), self.rejected.policy_logps()
+        return Losses(loss, pair_meters(self.chosen_rewards, self.rejected_rewards, *logps))
+
+
+def ratio_pair(scored: Scored, beta: float, reduction: Reduction = "sum") -> Pair:
+    """Rewards β·(log π_θ − log π_ref), summed over each reply's tokens or their mean."""
+    chosen, rejected = scored.side("chosen"), scored.side("rejected")
+    rewards = [beta * _reduced(side, side.logratios(), reduction) for side in (chosen, rejected)]
+    return Pair(chosen, rejected, *rewards)
+
+
+def policy_pair(scored: Scored, beta: float, reduction: Reduction) -> Pair:
+    """Rewards β·log π_θ without a reference, summed over each reply's tokens or their mean."""
+    chosen, rejected = scored.side("chosen"), scored.side("rejected")
+    rewards = [beta * _reduced(side, side.policy_logps(), reduction) for side in (chosen, rejected)]
+    return Pair(chosen, rejected, *rewards)
+
+
+def _reduced(side: Scored, sums: Tensor, reduction: Reduction) -> Tensor:
+    """Sums [N] as they are, or divided by each reply's tokens. An empty reply raises either way."""
+    lengths = side.lengths()
+    return sums / lengths if reduction == "mean" else sums
