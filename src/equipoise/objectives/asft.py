@@ -25,8 +25,8 @@ class AlignedSFT(Objective):
         "arXiv 2409.10571 (abstract); the loss as restated in arXiv 2502.01237, sections 2.3 to 3.1 and appendix E, which also adds β"
     )
     departures: ClassVar[str] = (
-        "The formula is third-party: read in 2502.01237, not in the paper's own text; the paper's own λ is unknown, and that it "
-        "normalises by length is 2502.01237's word. β (temperature) comes from 2502.01237 and s from its authors' code; β = s = 1 is the original loss. "
+        "The formula is third-party: read in 2502.01237, not in the paper's own text. The paper's λ is unknown, and that it normalises by "
+        "length is 2502.01237's word. β (temperature) comes from 2502.01237 and s from its authors' code; β = s = 1 is the original loss. "
         "p is capped one rounding step below 1."
     )
     needs: ClassVar[Needs] = Needs(roles=("chosen", "rejected"))

@@ -26,8 +26,8 @@ class BFPO(Objective):
         "restated by a later paper that uses it as a baseline"
     )
     departures: ClassVar[str] = (
-        "Read in the authors' code, not in the paper's text. The code calls τ beta; its class default is 0.1 and its recipe 0.01, "
-        "which is the default here. Safety may be a probability, which the code does not have: g is linear in it, so the target is g's mean."
+        "Read in the authors' code, not in the paper's text. The code calls τ beta; its class default is 0.1 and its recipe 0.01, which is "
+        "the default here. Safety may be a probability, which the code does not have: g is linear in it, so the target is the mean of g."
     )
     needs: ClassVar[Needs] = Needs(roles=("chosen", "rejected"), reference="stored", facts=("safe",))
 
@@ -46,7 +46,7 @@ class BFPO(Objective):
         chosen, rejected = scored.side("chosen"), scored.side("rejected")
         chosen_ratio, rejected_ratio = chosen.logratios(), rejected.logratios()
         safety = [side.facts["safe"].to(chosen_ratio.dtype) for side in (chosen, rejected)]
-        if not all(bool(((0 <= value) & (value <= 1)).all()) for value in safety):
+        if not all(bool(((value >= 0) & (value <= 1)).all()) for value in safety):
             raise DataError("BFPO needs the fact `safe`, between 0 (unsafe) and 1 (safe), on both replies of every pair.")
         label = self.label(*safety)
         margin = chosen_ratio - rejected_ratio
