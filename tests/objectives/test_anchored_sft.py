@@ -15,7 +15,7 @@ def gold(policy: list[float], reference: list[float]) -> Scored:
     """One demonstration whose tokens have these probabilities."""
     tensors = [torch.tensor([value], dtype=torch.float64).log() for value in (policy, reference)]
     role = torch.tensor([REPLY_ROLES.index("gold")])
-    return Scored(*tensors, torch.ones(1, len(policy), dtype=torch.bool), torch.zeros(1, dtype=torch.long), role)
+    return Scored(tensors[0], tensors[1], torch.ones(1, len(policy), dtype=torch.bool), torch.zeros(1, dtype=torch.long), role)
 
 
 def gradient(objective: AnchoredSFT, view: Scored) -> list[float]:
@@ -23,7 +23,8 @@ def gradient(objective: AnchoredSFT, view: Scored) -> list[float]:
     view.policy.requires_grad_()
     objective(view).sum.sum().backward()
     assert view.policy.grad is not None
-    return view.policy.grad[0].tolist()  # type: ignore[no-any-return]
+    slopes: list[float] = view.policy.grad[0].tolist()
+    return slopes
 
 
 def test_by_hand() -> None:

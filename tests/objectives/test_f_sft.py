@@ -57,7 +57,7 @@ def gold(policy: list[float], reference: list[float]) -> Scored:
     """One demonstration."""
     tensors = [torch.tensor([value], dtype=torch.float64) for value in (policy, reference)]
     role = torch.tensor([REPLY_ROLES.index("gold")])
-    return Scored(*tensors, torch.ones(1, len(policy), dtype=torch.bool), torch.zeros(1, dtype=torch.long), role)
+    return Scored(tensors[0], tensors[1], torch.ones(1, len(policy), dtype=torch.bool), torch.zeros(1, dtype=torch.long), role)
 
 
 def gradient(objective: Any, view: Scored) -> torch.Tensor:
