@@ -16,7 +16,7 @@ class DPOP(Objective):
     The reported rewards are βr, without the penalty.
     """
 
-    paper: ClassVar[str] = "arXiv 2402.13228, eq. 3"
+    paper: ClassVar[str] = "arXiv 2402.13228 (Smaug), the DPO-Positive loss"
     departures: ClassVar[str] = (
         "none; the default of the penalty is the low end of a range remembered from the paper (5 to 50), not checked"
     )
