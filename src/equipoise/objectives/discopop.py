@@ -14,7 +14,7 @@ from equipoise.objectives._parts import logistic, ratio_pair
 class DiscoPOP(Objective):
     """L = (1−m)(−log σ(z)) + m e^(−z), m = σ(z/τ), z = βh, h = the difference of summed log-ratios [nats]."""
 
-    paper: ClassVar[str] = "arXiv 2406.08414 (log-ratio modulated loss)"
+    paper: ClassVar[str] = "arXiv 2406.08414, eq. 5 (log-ratio modulated loss)"
     departures: ClassVar[str] = (
         "τ above 1 is refused: there m e^(−z) grows without bound as z falls. m is differentiated, as in the authors' code."
     )
