@@ -106,17 +106,21 @@ class Scored:
 
     # Sums and means over the reply's masked tokens; a reply with no token to learn has no mean, so it raises.
 
+    def token_logps(self, of: Literal["policy", "reference"]) -> Tensor:
+        """[N, T] log-probability of each token, nats; 0 outside the mask."""
+        return masked(self._need(of), self.mask)
+
     def policy_logps(self) -> Tensor:
         """[N] summed log-probability of each reply under the policy, nats."""
-        return _sum(self._need("policy"), self.mask)
+        return self.token_logps("policy").sum(1)
 
     def reference_logps(self) -> Tensor:
         """[N] summed log-probability of each reply under the reference, nats."""
-        return _sum(self._need("reference"), self.mask)
+        return self.token_logps("reference").sum(1)
 
     def logratios(self) -> Tensor:
         """[N] log π_θ(y|x) − log π_ref(y|x), nats: the implicit reward without its β."""
-        return _sum(self._need("policy") - self._need("reference"), self.mask)
+        return masked(self._need("policy") - self._need("reference"), self.mask).sum(1)
 
     def lengths(self) -> Tensor:
         """[N] tokens each reply is judged on. Raises DataError where one has none."""
@@ -170,10 +174,6 @@ class Objective(BaseModel):
 def masked(values: Tensor, mask: Tensor) -> Tensor:
     """Values [N, T] with everything outside the mask replaced by 0, also where it is not finite."""
     return torch.where(mask.bool(), values, torch.zeros((), dtype=values.dtype, device=values.device))
-
-
-def _sum(values: Tensor, mask: Tensor) -> Tensor:
-    return masked(values, mask).sum(1)
 
 
 def objective_class(module: Any) -> type[Objective]:

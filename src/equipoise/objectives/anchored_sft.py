@@ -44,8 +44,8 @@ class AnchoredSFT(Objective):
         """[U] summed losses of gold replies. Raises DataError where one has no token to learn."""
         gold = scored.side("gold")
         lengths = gold.lengths()
-        policy = masked(gold._need("policy"), gold.mask).clamp(max=0)
-        reference = masked(gold._need("reference"), gold.mask).clamp(max=0)
+        policy = gold.token_logps("policy").clamp(max=0)
+        reference = gold.token_logps("reference").clamp(max=0)
         other = log1mexp(reference) - log1mexp(policy)
         divergence = reference.exp() * (reference - policy) - torch.expm1(reference) * other
         divergence = masked(divergence, gold.mask).sum(1)

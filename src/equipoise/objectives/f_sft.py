@@ -95,7 +95,7 @@ class FSFT(Objective):
         lengths, total = gold.lengths(), gold.logratios()
         nll = -gold.policy_logps().detach()
         if self.level == "token":
-            tokens = masked(gold._need("policy") - gold._need("reference"), gold.mask)
+            tokens = gold.token_logps("policy") - gold.token_logps("reference")
             value, weight = self._link(self.beta * tokens)
             value, weight = masked(value, gold.mask).sum(1), masked(weight, gold.mask).sum(1) / lengths
         else:
