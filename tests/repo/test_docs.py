@@ -41,7 +41,7 @@ def shell_lines(path: Path) -> list[list[str]]:
 
 def slug(heading: str) -> str:
     """The anchor GitHub gives a heading."""
-    plain = re.sub(r"[`*_]|\[([^\]]*)\]\([^)]*\)", lambda match: match.group(1) or "", heading.strip())
+    plain = re.sub(r"[`*]|(?<!\w)_|_(?!\w)|\[([^\]]*)\]\([^)]*\)", lambda match: match.group(1) or "", heading.strip())
     return re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-")
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.core.errors import UsageError
-from equipoise.core.files import write_json, write_jsonl
+from equipoise.core.files import fingerprint, write_json, write_jsonl
 from equipoise.core.progress import say
 from equipoise.core.runs import Run, run_stage
 from equipoise.evaluation.analysis import analyse, replies_of
+from equipoise.evaluation.metrics._base import metrics
 from equipoise.evaluation.power import detectable_differences
 from equipoise.evaluation.scores import AXES
 from equipoise.evaluation.settings import EvaluateSettings
@@ -35,7 +36,10 @@ def evaluate(settings: EvaluateSettings, overwrite: bool = False) -> Run:
         names = ("headline", "warnings")
         return {name: evaluation[name] for name in names} | {"withheld": evaluation["headline"] is None}
 
-    return run_stage(settings.output_dir, "evaluate", settings.resolved(), suite.inputs(settings), work, overwrite)
+    # Other metrics, or a metric that says something else, is another evaluation of the same scores.
+    described = fingerprint({name: metric.as_json() for name, metric in metrics().items()})
+    inputs = {**suite.inputs(settings), "metrics": described}
+    return run_stage(settings.output_dir, "evaluate", settings.resolved(), inputs, work, overwrite)
 
 
 def compute(settings: EvaluateSettings) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -13,7 +13,7 @@ from equipoise.objectives._parts import pair_meters
 
 
 class BFPO(Objective):
-    """L = (h − g/τ)², g = (B₁·safe(y_w) − safe(y_l))/(B₁ − 1) − α, h = [log π_θ/π_ref](y_w) − [log π_θ/π_ref](y_l).
+    """L = (h − g/τ)², g = (B₁·safe(y_w) − safe(y_l))/(B₁ − 1) − α, h = r(y_w) − r(y_l), r = log π_θ/π_ref.
 
     y_w is the more *helpful* reply, whether it is safe or not; h is a difference of summed log-ratios [nats]. With the
     defaults g is ½ for (safe, safe), 1 for (safe, unsafe), −1 for (unsafe, safe) and −½ for (unsafe, unsafe): the last

@@ -11,9 +11,9 @@ from equipoise.objectives._parts import logistic, pair_meters
 
 
 class DPO(Objective):
-    """L = −(1−ε) log σ(βh) − ε log σ(−βh), h = [log π_θ/π_ref](y_w) − [log π_θ/π_ref](y_l).
+    """L = −(1−ε) log σ(βh) − ε log σ(−βh), h = r(y_w) − r(y_l), r = log π_θ/π_ref.
 
-    h is a difference of summed log-ratios [nats]. At the reference L = ln 2, whatever β.
+    r is summed over a reply's tokens [nats]. At the reference L = ln 2, whatever β.
     """
 
     paper: ClassVar[str] = "arXiv 2305.18290, eq. 7; label smoothing (cDPO): Mitchell 2023, 'A note on DPO with noisy preferences', eq. 3"
