@@ -135,7 +135,7 @@ def fill_store(
 
     tolerance: mean nats a token by which entries already there may differ from what the model gives now.
     The reference is the start model (its fresh adapter off), or the model that `reference_model` names, which is loaded
-    only where the store lacks rows, and let go of again.
+    for its fingerprint even where the store has every row, and let go of again.
     """
     autocast = autocast_for(settings, device)
     adapter_off: Callable[[], AbstractContextManager[Any]] = nullcontext

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
-from equipoise.core.errors import UsageError
+from equipoise.core.errors import NumericsError, UsageError
 from equipoise.core.files import write_json, write_jsonl
 from equipoise.core.prints import PromptPrints
 from equipoise.core.progress import bar, say
@@ -229,7 +229,7 @@ class _Fit:
         allowed = stored_tolerance(self.report)
         self.report["start_log_ratio"] = off
         if not off <= allowed:
-            raise UsageError(
+            raise NumericsError(
                 f"The policy starts {off:.2g} nats a token away from its reference, which are the same weights (allowed {allowed:.2g})."
             )
 
