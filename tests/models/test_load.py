@@ -251,7 +251,8 @@ def test_a_saved_reward_model_loads_with_the_same_scores(encoder, tmp_path):
     tokenizer(pad="<unk>").save_pretrained(tmp_path)
     again = load.load_sequence_classifier(tmp_path, device="cpu")
     with torch.no_grad():
-        assert torch.equal(model(IDS).logits, again(IDS).logits)
+        # Where weights lie in memory may move the last bit: kernels take another way for unaligned rows.
+        torch.testing.assert_close(model(IDS).logits, again(IDS).logits, rtol=0, atol=1e-6)
     with pytest.raises(UsageError, match="gives 1 scores a text, asked for 2"):
         load.load_sequence_classifier(tmp_path, num_labels=2)
     assert load.load_sequence_classifier(tmp_path, num_labels=2, from_backbone=True, device="cpu").classifier.weight.shape == (2, 16)

@@ -1,21 +1,30 @@
 """Token log-probabilities of a packed batch: the only shift-and-gather of the package.
 
-`source` and `target` of the batch already say which position predicts which token, so nothing is shifted here; the
-head runs on reply positions only (`logits_to_keep`), and the log-softmax is taken in float32 whatever the model's dtype.
+`source` and `target` of the batch already say which position predicts which token, so nothing is shifted here. The head
+runs on reply positions only, inside the model's forward: chunked (`models/heads.py`), or through `logits_to_keep`, which
+serves every family and is what the chunked one is checked against. The log-softmax is float32 whatever the model's dtype.
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 
 from equipoise.core.errors import NumericsError
+from equipoise.data.rows import Branch, TokenRow
 from equipoise.models.attention import packed_rows
-from equipoise.models.batch import PackedBatch
+from equipoise.models.batch import PackedBatch, pack
+from equipoise.models.heads import can_replace, replaced_head
 
 Tensor = torch.Tensor
+Head = Literal["chunked", "logits"]
+HEAD_TOLERANCE, HEAD_TOLERANCE_LOW = 1e-4, 0.1
+"""Nats by which the two heads may differ on the probe, in float32 and with 16-bit numbers; a scale or cap moves them by far more."""
+_heads: WeakKeyDictionary[Any, Head] = WeakKeyDictionary()
 
 
 class TokenLogps(torch.autograd.Function):
@@ -52,10 +61,45 @@ def policy_logps(model: Any, batch: PackedBatch) -> Tensor:
 
     `model` is the wrapped model (DDP, PEFT, autocast), so its forward hooks run; the head runs inside that forward.
     """
-    logits = _logits(model, batch)
-    values = token_logps(logits, batch.target)
+    if head_of(model, batch) == "chunked":
+        values = _chunked(model, batch)
+    else:
+        values = token_logps(_logits(model, batch), batch.target)
     empty = torch.zeros(batch.mask.shape, dtype=values.dtype, device=values.device)
     return empty.index_put((batch.branch, batch.offset), values)
+
+
+def head_of(model: Any, batch: PackedBatch) -> Head:
+    """Which head serves this model: `chunked` where it gives the model's own log-probs on two tokens of the first batch.
+
+    It does not where the output layer is no plain matrix, or where the model scales or caps its logits afterwards.
+    """
+    base = unwrapped(model)
+    if base not in _heads:
+        _heads[base] = "chunked" if can_replace(base.get_output_embeddings()) and _heads_agree(model, batch) else "logits"
+    return _heads[base]
+
+
+def _heads_agree(model: Any, batch: PackedBatch) -> bool:
+    ids = batch.ids.flatten()[:4].cpu().numpy().astype(np.int32)
+    ids = np.resize(ids, 4)
+    row = TokenRow("head", ids[:2], (Branch("sample", ids[2:], {"learn": np.ones(2, dtype=bool)}),))
+    probe = pack([row], "separate" if batch.padding is None else "padded").to(batch.ids.device)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            ours, native = _chunked(model, probe), token_logps(_logits(model, probe), probe.target)
+    finally:
+        model.train(training)
+    low = any(parameter.dtype.itemsize == 2 for parameter in model.parameters()) or torch.is_autocast_enabled(batch.ids.device.type)
+    return bool((ours - native).abs().max() <= (HEAD_TOLERANCE_LOW if low else HEAD_TOLERANCE))
+
+
+def _chunked(model: Any, batch: PackedBatch) -> Tensor:
+    """[R] log-probs through the chunked head."""
+    with replaced_head(unwrapped(model).get_output_embeddings(), batch.source, batch.target):
+        return _run(model, batch)[0, :, 0]
 
 
 def scores(model: Any, batch: PackedBatch) -> Tensor:
@@ -68,21 +112,24 @@ def scores(model: Any, batch: PackedBatch) -> Tensor:
     return model(**inputs).logits[:, 0].float()
 
 
-def _logits(model: Any, batch: PackedBatch) -> Tensor:
-    """[R, V] logits that predict each reply token."""
+def _run(model: Any, batch: PackedBatch, **more: Any) -> Tensor:
+    """What the model's forward gives as logits for this batch, in its form."""
+    inputs: dict[str, Any] = {"input_ids": batch.ids, "use_cache": False, **more}
     if batch.padding is None:
         with packed_rows(batch.rows):
-            inputs = {"input_ids": batch.ids, "position_ids": batch.positions, "use_cache": False}
-            if takes_logits_to_keep(model):
-                return model(**inputs, logits_to_keep=batch.source).logits[0]
-            return model(**inputs).logits[0].index_select(0, batch.source)
-    width = batch.ids.shape[1]
-    row, column = batch.source // width, batch.source % width
-    inputs = {"input_ids": batch.ids, "attention_mask": batch.padding.long(), "use_cache": False}
+            return model(**inputs, position_ids=batch.positions).logits
+    return model(**inputs, attention_mask=batch.padding.long()).logits
+
+
+def _logits(model: Any, batch: PackedBatch) -> Tensor:
+    """[R, V] logits that predict each reply token."""
     if not takes_logits_to_keep(model):
-        return model(**inputs).logits[row, column]
-    kept, place = torch.unique(column, return_inverse=True)
-    return model(**inputs, logits_to_keep=kept).logits[row, place]
+        return _run(model, batch).flatten(0, 1).index_select(0, batch.source)
+    if batch.padding is None:
+        return _run(model, batch, logits_to_keep=batch.source).flatten(0, 1)
+    width = batch.ids.shape[1]
+    kept, place = torch.unique(batch.source % width, return_inverse=True)
+    return _run(model, batch, logits_to_keep=kept)[batch.source // width, place]
 
 
 def takes_logits_to_keep(model: Any) -> bool:

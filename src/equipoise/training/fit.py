@@ -30,6 +30,7 @@ from equipoise.models.load import load_tokenizer
 from equipoise.models.logps import unwrapped
 from equipoise.objectives._base import Losses, Needs, Objective, Scored
 from equipoise.objectives._load import build, from_callable
+from equipoise.training._heap import keep_freed_memory
 from equipoise.training._model import autocast_for, fill_store, load_policy, make_trainable, model_identity, stored_tolerance
 from equipoise.training._rows import Rows, checked_streams, make_streams
 from equipoise.training._streams import Forward, Stream
@@ -125,6 +126,8 @@ class _Fit:
         self._write_provenance()
         arguments = self._arguments()
         device = arguments.device
+        if device.type == "cpu":
+            keep_freed_memory()
         torch.manual_seed(self.settings.seed)
         policy = load_policy(self.settings, self.readout) if model is None else model
         policy, fresh = make_trainable(policy.to(device), self.settings, self.readout)
@@ -294,7 +297,7 @@ class _Fit:
             logging_nan_inf_filter=False,
             eval_strategy=("steps" if settings.eval_steps else "epoch") if self.dev else "no",
             eval_steps=settings.eval_steps or None,
-            save_strategy="steps" if settings.save_steps else "epoch",
+            save_strategy="steps" if settings.save_steps else settings.save_strategy,
             save_steps=settings.save_steps or 500,
             save_total_limit=settings.save_total_limit,
             load_best_model_at_end=settings.load_best_model_at_end and bool(self.dev),

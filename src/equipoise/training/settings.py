@@ -38,7 +38,7 @@ class TrainSettings(Settings):
     max_grad_norm: float = Field(default=1.0, ge=0, description="clip the gradient's norm; 0: never")
     adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's first moment decay")
     adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's second moment decay")
-    optim: str = Field(default="adamw_torch", description="a transformers optimizer name")
+    optim: str = Field(default="adamw_torch_fused", description="a transformers optimizer name")
     num_train_epochs: float = Field(default=1.0, gt=0, description="passes over the first stream")
     max_steps: int = Field(default=-1, ge=-1, description="optimizer steps; -1: as many as the epochs take")
     per_device_train_batch_size: int = Field(default=8, ge=1, description="units (pairs, rows) per device and accumulation step")
@@ -63,7 +63,10 @@ class TrainSettings(Settings):
     eval_on_dev: bool = Field(default=True, description="where the data names its train part, tell figures on its dev part while training")
     eval_steps: int = Field(default=0, ge=0, description="steps between dev evaluations; 0: at the end of each epoch")
     logging_steps: int = Field(default=1, ge=1, description="steps between log lines")
-    save_steps: int = Field(default=0, ge=0, description="steps between checkpoints; 0: at the end of each epoch")
+    save_strategy: Literal["epoch", "steps", "no"] = Field(
+        default="epoch", description="when to write checkpoints; no: an interrupted run starts from the beginning"
+    )
+    save_steps: int = Field(default=0, ge=0, description="steps between checkpoints; 0: as save_strategy says")
     save_total_limit: int = Field(default=2, ge=2, description="checkpoints kept")
     load_best_model_at_end: bool = Field(default=False, description="keep the checkpoint with the lowest dev loss (dev only, never test)")
     report_to: str = Field(default="none", description="none, tensorboard, wandb, trackio")

@@ -1,0 +1,161 @@
+"""The response-only head: log-probs of reply tokens from hidden states, in chunks, without a full logits tensor.
+
+For one chunk of positions, logits become e = exp(logits − max) in place, and z = Σe. Everything after that is a matrix
+product with e or a sum over R rows, since with log π = logit[target] − max − log z
+
+    ∂log π/∂hidden = W[target] − (e W)/z        ∂log π/∂W = onehot(target) hiddenᵀ − (e/z) hiddenᵀ
+
+and 1/z and the incoming gradient scale rows of hidden states, never rows of V. So no pass over [R, V] is made in the
+backward but its two matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+Tensor = torch.Tensor
+CHUNK_BYTES = 48 * 2**20
+"""float32 size of one chunk's logits: near what a last-level cache holds, and large enough for a full-speed product."""
+KEEP_BYTES = 2**30
+"""Where W is trained, e is kept for the backward up to this size (three products a token); above it, it is computed again (four)."""
+
+
+class HeadLogps(torch.autograd.Function):
+    """log softmax(hidden Wᵀ + bias)[target] in float32 nats (float64 for float64 inputs), keeping at most `KEEP_BYTES`.
+
+    With W frozen (LoRA) ∂/∂hidden is computed in the forward, where e is at hand: two products a token, nothing kept but [R, H].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+        """hidden [R, H] and weight [V, H] of any float dtypes (hidden's is computed in), bias [V] or None, target int64 [R] → [R]."""
+        matrix = weight.to(hidden.dtype)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        ctx.kind = "trained" if needs_weight or needs_bias else ("frozen" if needs_hidden else "none")
+        rows, vocabulary = len(hidden), len(weight)
+        keep = ctx.kind == "trained" and rows * vocabulary * hidden.element_size() <= KEEP_BYTES
+        kept = hidden.new_empty(rows, vocabulary) if keep else None
+        values = torch.empty(rows, dtype=_wide(hidden.dtype), device=hidden.device)
+        tops, sums = torch.empty_like(values), torch.empty_like(values)
+        direction = torch.empty_like(hidden) if ctx.kind == "frozen" else None
+        for cut in _chunks(rows, vocabulary):
+            exponentials, picked, tops[cut] = _exponentials(hidden[cut], matrix, bias, target[cut], kept[cut] if kept is not None else None)
+            sums[cut] = exponentials.sum(1, dtype=values.dtype)
+            values[cut] = picked - sums[cut].log()
+            if direction is not None:
+                direction[cut] = _direction(exponentials, sums[cut], matrix, target[cut])
+        ctx.save_for_backward(hidden, weight, bias, target, tops, sums, kept, direction)
+        return values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        """Gradients with respect to hidden, weight and bias, each in the dtype of its tensor."""
+        hidden, weight, bias, target, tops, sums, kept, direction = ctx.saved_tensors
+        (gradient,) = gradients
+        if direction is not None:
+            return direction * gradient[:, None].to(direction.dtype), None, None, None
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        matrix = weight.to(hidden.dtype)
+        to_hidden = torch.empty_like(hidden) if needs_hidden else None
+        to_weight = torch.empty_like(weight, dtype=_wide(weight.dtype)) if needs_weight else None
+        to_bias = torch.zeros_like(bias, dtype=_wide(weight.dtype)) if needs_bias else None
+        for number, cut in enumerate(_chunks(len(hidden), len(weight))):
+            if kept is not None:
+                exponentials = kept[cut]
+            else:
+                exponentials = _exponentials(hidden[cut], matrix, bias, target[cut], None, tops[cut])[0]
+            scale = gradient[cut]
+            if to_hidden is not None:
+                to_hidden[cut] = _direction(exponentials, sums[cut], matrix, target[cut]).mul_(scale[:, None])
+            shrunk = -(scale / sums[cut])
+            if to_weight is not None:
+                rows = (hidden[cut] * shrunk[:, None]).to(hidden.dtype)
+                if to_weight.dtype == hidden.dtype:  # beta=0 reads nothing of what an empty tensor holds
+                    torch.addmm(to_weight, exponentials.t(), rows, beta=float(number > 0), out=to_weight)
+                elif number:
+                    to_weight += exponentials.t() @ rows
+                else:
+                    to_weight.copy_(exponentials.t() @ rows)
+            if to_bias is not None:
+                to_bias += (exponentials.t() @ shrunk.to(exponentials.dtype)[:, None])[:, 0]
+        if to_weight is not None:
+            to_weight.index_add_(0, target, (hidden * gradient[:, None]).to(to_weight.dtype))
+        if to_bias is not None:
+            to_bias.index_add_(0, target, gradient.to(to_bias.dtype))
+        return (
+            to_hidden,
+            None if to_weight is None else to_weight.to(weight.dtype),
+            None if to_bias is None else to_bias.to(bias.dtype),
+            None,
+        )
+
+
+def head_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+    """log π(target) of each row of hidden states. [R, H], [V, H], [V] or None, [R] → [R] nats. Under autocast in its dtype."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
+    with torch.autocast(kind, enabled=False):
+        return HeadLogps.apply(hidden, weight, bias, target)  # type: ignore[no-untyped-call]
+
+
+def can_replace(head: Any) -> bool:
+    """Whether a model's output layer is a plain linear map, so that `head_logps` can stand in for it."""
+    return type(head) is torch.nn.Linear
+
+
+@contextmanager
+def replaced_head(head: Any, source: Tensor, target: Tensor) -> Iterator[None]:
+    """Within this block an output layer returns log-probs [1, R, 1] of the targets at flat positions `source` instead of logits.
+
+    It still runs inside the model's own forward, where DDP, FSDP and PEFT expect its weight to be read.
+    """
+
+    def forward(hidden: Tensor) -> Tensor:
+        chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, source)
+        return head_logps(chosen, head.weight, head.bias, target)[None, :, None]
+
+    own: Callable[..., Any] | None = head.__dict__.get("forward")
+    head.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own
+
+
+def _exponentials(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, out: Tensor | None, top: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(e [C, V] in `out` where given, logit[target] − max [C], max [C]) of one chunk."""
+    logits = torch.mm(hidden, weight.t(), out=out) if out is not None else torch.mm(hidden, weight.t())
+    if bias is not None:
+        logits += bias
+    top = logits.amax(1).to(_wide(logits.dtype)) if top is None else top
+    picked = logits.gather(1, target[:, None])[:, 0].to(top.dtype) - top
+    return logits.sub_(top[:, None]).exp_(), picked, top
+
+
+def _direction(exponentials: Tensor, sums: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """W[target] − (e W)/z, [C, H]: which way the log-probs grow."""
+    mean = torch.mm(exponentials, weight)
+    return torch.sub(weight.index_select(0, target), mean.mul_((1 / sums)[:, None].to(mean.dtype)), out=mean)
+
+
+def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
+    size = max(1, CHUNK_BYTES // (4 * vocabulary))
+    # Equal chunks rather than a small rest, which would be a slow product.
+    count = -(-rows // size)
+    edges = [round(rows * number / max(1, count)) for number in range(count + 1)]
+    return (slice(first, last) for first, last in zip(edges[:-1], edges[1:], strict=True))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
