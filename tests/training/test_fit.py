@@ -219,7 +219,7 @@ fit(settings, train_dataset=preference_dicts(), eval_dataset=preference_dicts(4,
 def test_kill_9_then_the_same_bytes(base: Path, tmp_path: Path) -> None:
     """Killed in the middle of an epoch, after a checkpoint: the resumed run ends with the bytes of one never killed."""
     wanted = settings(base, tmp_path / "killed", save_steps=2, use_peft=True, lora_dropout=0.2, lora_r=4)
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parents[2]))
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]))
     command = [sys.executable, "-c", SCRIPT]
     killed = subprocess.run([*command, json.dumps(wanted.resolved()), "5"], env=environment, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -45,6 +46,8 @@ def run(
     from equipoise.training.fit import fit
 
     done = fit(settings, objective=objective, overwrite=overwrite)
+    if os.environ.get("RANK", "0") != "0":
+        return  # one of several processes: the first speaks for all
     if as_json:
         emit_json({"folder": str(done.folder), "skipped": done.skipped, "seconds": round(done.seconds, 1), "results": dict(done.results)})
         return

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -65,10 +66,8 @@ class HeadLogps(torch.autograd.Function):
         to_weight = torch.empty_like(weight, dtype=_wide(weight.dtype)) if needs_weight else None
         to_bias = torch.zeros_like(bias, dtype=_wide(weight.dtype)) if needs_bias else None
         for number, cut in enumerate(_chunks(len(hidden), len(weight))):
-            if kept is not None:
-                exponentials = kept[cut]
-            else:
-                exponentials = _exponentials(hidden[cut], matrix, bias, target[cut], None, tops[cut])[0]
+            again = kept is None
+            exponentials = _exponentials(hidden[cut], matrix, bias, target[cut], None, tops[cut])[0] if again else kept[cut]
             scale = gradient[cut]
             if to_hidden is not None:
                 to_hidden[cut] = _direction(exponentials, sums[cut], matrix, target[cut]).mul_(scale[:, None])
@@ -154,7 +153,7 @@ def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
     # Equal chunks rather than a small rest, which would be a slow product.
     count = -(-rows // size)
     edges = [round(rows * number / max(1, count)) for number in range(count + 1)]
-    return (slice(first, last) for first, last in zip(edges[:-1], edges[1:], strict=True))
+    return (slice(first, last) for first, last in pairwise(edges))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

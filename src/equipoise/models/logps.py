@@ -61,10 +61,8 @@ def policy_logps(model: Any, batch: PackedBatch) -> Tensor:
 
     `model` is the wrapped model (DDP, PEFT, autocast), so its forward hooks run; the head runs inside that forward.
     """
-    if head_of(model, batch) == "chunked":
-        values = _chunked(model, batch)
-    else:
-        values = token_logps(_logits(model, batch), batch.target)
+    chunked = head_of(model, batch) == "chunked"
+    values = _chunked(model, batch) if chunked else token_logps(_logits(model, batch), batch.target)
     empty = torch.zeros(batch.mask.shape, dtype=values.dtype, device=values.device)
     return empty.index_put((batch.branch, batch.offset), values)
 

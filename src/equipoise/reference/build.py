@@ -12,7 +12,7 @@ import torch
 
 from equipoise.core.errors import NumericsError
 from equipoise.core.progress import bar
-from equipoise.data.plan import Planner
+from equipoise.data.plan import MicroBatch, Planner
 from equipoise.data.rows import TokenRow
 from equipoise.models.batch import Form, pack
 from equipoise.models.logps import policy_logps
@@ -48,6 +48,19 @@ def reference_logps(
     return result
 
 
+def levelled(mine: Sequence[MicroBatch], idle: MicroBatch) -> list[MicroBatch]:
+    """This rank's micro-batches, filled up with idle ones to as many as the rank with most has. Every rank must call it.
+
+    Forward passes of a sharded model are collective, and DDP's broadcast buffers: a rank that ran fewer would leave the
+    others waiting.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return list(mine)
+    counts: list[int] = [0] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(counts, len(mine))
+    return [*mine, *[idle] * (max(counts) - len(mine))]
+
+
 def build(
     model: Any,
     rows: Sequence[TokenRow],
@@ -75,9 +88,13 @@ def build(
     values: list[list[Values]] = []
     tokens = 0
     with bar(title, len(lacking) / world_size) as progress:
-        for micro in planner.all_rows(0, rank):
+        mine = planner.all_rows(0, rank)
+        for micro in mine if world_size == 1 else levelled(mine, MicroBatch(0, (0,), idle=True)):
             chosen = [lacking[index] for index in micro.rows]
-            values += reference_logps(model, chosen, form, device, autocast)
+            computed = reference_logps(model, chosen, form, device, autocast)
+            if micro.idle:
+                continue
+            values += computed
             waiting += chosen
             tokens += sum(row.tokens for row in chosen)
             progress.advance(len(chosen))

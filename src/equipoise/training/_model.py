@@ -14,13 +14,15 @@ from equipoise.core.errors import UsageError
 from equipoise.core.files import file_fingerprint
 from equipoise.data.rows import TokenRow
 from equipoise.models.attention import NAME, attention_of, register
-from equipoise.models.batch import Form
 from equipoise.models.load import is_adapter, load_causal, load_sequence_classifier, renaming_is_known, resolve_model, weights_fingerprint
 from equipoise.models.logps import unwrapped
 from equipoise.reference.build import build, check
 from equipoise.reference.key import Context
 from equipoise.reference.store import ReferenceStore
+from equipoise.training._ranks import Ranks
+from equipoise.training._streams import Forward
 from equipoise.training.settings import TrainSettings
+from equipoise.training.sharding import shard
 from equipoise.training.start_check import choose_form
 
 _DROPOUT_FIELDS = (
@@ -51,11 +53,14 @@ def model_identity(settings: TrainSettings, model: Any) -> str:
     return "+".join(parts)
 
 
-def load_policy(settings: TrainSettings, readout: str) -> Any:
-    """The start model of a run, on its device."""
+def load_policy(settings: TrainSettings, readout: str, device: torch.device) -> Any:
+    """The start model of a run, on the device; on the CPU where it is cut afterwards, as it may fit no single device whole."""
+    device = torch.device("cpu") if settings.fsdp else device
     if readout == "score":
-        return load_sequence_classifier(settings.model_name_or_path, from_backbone=True, dtype=settings.dtype, seed=settings.seed)
-    return load_causal(settings.model_name_or_path, dtype=settings.dtype, trainable=settings.use_peft)
+        return load_sequence_classifier(
+            settings.model_name_or_path, from_backbone=True, dtype=settings.dtype, device=device, seed=settings.seed
+        )
+    return load_causal(settings.model_name_or_path, dtype=settings.dtype, device=device, trainable=settings.use_peft)
 
 
 def make_trainable(model: Any, settings: TrainSettings, readout: str) -> tuple[Any, bool]:
@@ -119,46 +124,54 @@ def stored_tolerance(report: dict[str, Any]) -> float:
     return float(max(2 * report["tolerance"], 1e-3))
 
 
+def reference_identity(model: Any, fresh_adapter: bool) -> tuple[str, str]:
+    """Fingerprint of the start weights as a reference, and what their adapter is. Read before the model is cut."""
+    adapter = "active" if hasattr(model, "peft_config") and not fresh_adapter else "none"
+    return weights_fingerprint(model, skip_adapters=fresh_adapter), adapter
+
+
 def fill_store(
     settings: TrainSettings,
     model: Any,
-    fresh_adapter: bool,
+    identity: tuple[str, str] | None,
     rows: Sequence[TokenRow],
-    form: Form,
+    forward: Forward,
     tolerance: float,
     root: Path,
-    device: torch.device,
-    rank: int,
-    world_size: int,
+    ranks: Ranks,
 ) -> tuple[ReferenceStore, dict[str, float]]:
-    """The store with the reference's log-probs of these rows. Returns it with what building it cost.
+    """The store with the reference's log-probs of these rows, filled by all ranks. Returns it with what building it cost.
 
-    tolerance: mean nats a token by which entries already there may differ from what the model gives now.
-    The reference is the start model (its fresh adapter off), or the model that `reference_model` names, which is loaded
-    for its fingerprint even where the store has every row, and let go of again.
+    identity: what `reference_identity` said of the start model. tolerance: mean nats a token by which entries already
+    there may differ from what the model gives now. The reference is the start model (its fresh adapter off), or the
+    model that `reference_model` names, which is loaded for its fingerprint even where the store has every row, and let
+    go of again.
     """
-    autocast = autocast_for(settings, device)
-    adapter_off: Callable[[], AbstractContextManager[Any]] = nullcontext
+    form, device, autocast = forward.form, forward.device, forward.autocast
+    adapter_off: Callable[[], AbstractContextManager[Any]] = forward.live_reference or nullcontext
     reference = model
     if settings.reference_model is not None:
         register()
-        reference = load_causal(settings.reference_model, dtype=settings.dtype, device=device)
+        reference = load_causal(settings.reference_model, dtype=settings.dtype, device="cpu" if settings.fsdp else device)
+        adapter_off = nullcontext
+        identity = ranks.first(lambda: reference_identity(reference, fresh_adapter=False))
+        if settings.fsdp and ranks.size > 1:
+            shard(reference, device)
+        else:
+            reference.to(device)
         form, report = choose_form(reference, rows, settings.attention, device, autocast)
         tolerance = stored_tolerance(report)
-        weights, adapter = weights_fingerprint(reference, skip_adapters=False), "active" if hasattr(reference, "peft_config") else "none"
-    elif fresh_adapter:
-        adapter_off = model.disable_adapter
-        weights, adapter = weights_fingerprint(model, skip_adapters=True), "none"
-    else:
-        weights, adapter = weights_fingerprint(model, skip_adapters=False), "active" if hasattr(model, "peft_config") else "none"
+    assert identity is not None
     dtype = f"autocast-bfloat16/{settings.dtype}" if settings.bf16 else settings.dtype
-    store = ReferenceStore(root, Context(weights, adapter, dtype, f"{form}/{device.type}"))
+    context = Context(*identity, dtype, f"{form}/{device.type}")
+    store = ReferenceStore(root, context)
+    # No rank may start writing before all have listed what is missing: they deal out one and the same list.
+    ranks.wait()
     known = [row for row in rows[:CHECKED_ROWS] if not store.missing([row])]
     with adapter_off(), nullcontext() if form == "padded" else attention_of(unwrapped(reference), NAME):
         if known:
             check(reference, known, store, form, device, autocast, tolerance)
-        cost = build(reference, rows, store, form, settings.token_budget, device, autocast, rank, world_size)
-    if world_size > 1:
-        torch.distributed.barrier()
-        store.reload()
-    return store, cost
+        cost = build(reference, rows, store, form, settings.token_budget, device, autocast, ranks.rank, ranks.size)
+    everyone = ranks.gather(cost)
+    store.reload()
+    return store, {"tokens": sum(mine["tokens"] for mine in everyone), "seconds": max(mine["seconds"] for mine in everyone)}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from equipoise.core.errors import DataError, UsageError
@@ -14,6 +16,7 @@ from equipoise.data.rows import TokenRow, TokenRows
 from equipoise.data.settings import DataSettings
 from equipoise.data.tokenise import tokenise
 from equipoise.objectives._base import Objective
+from equipoise.training._ranks import Ranks
 from equipoise.training._streams import Stream, check_stream
 from equipoise.training.settings import StreamSettings, TrainSettings
 
@@ -28,8 +31,11 @@ class Rows:
 
     def fingerprint(self) -> str:
         """Identity of the tokens and marks."""
-        rows = self.rows if isinstance(self.rows, TokenRows) else TokenRows.of(self.rows)
-        return rows.fingerprint()
+        return self.packed().fingerprint()
+
+    def packed(self) -> TokenRows:
+        """The rows as flat arrays."""
+        return self.rows if isinstance(self.rows, TokenRows) else TokenRows.of(self.rows)
 
 
 def make_streams(
@@ -53,6 +59,37 @@ def make_streams(
         else:
             dev.append(None)
     return train, dev
+
+
+def shared_rows(made: tuple[list[Rows], list[Rows | None]] | None, folder: Path, ranks: Ranks) -> tuple[list[Rows], list[Rows | None]]:
+    """The rows rank 0 made, on every rank: written into the folder, which all processes see, and memory-mapped by the others.
+
+    made: what `make_streams` gave, on rank 0; None on the others.
+    """
+    if ranks.size == 1:
+        assert made is not None
+        return made
+
+    def write() -> tuple[int, list[int]]:
+        assert made is not None
+        shutil.rmtree(folder, ignore_errors=True)
+        train, dev = made
+        for part, streams in (("train", train), ("dev", dev)):
+            for number, given in enumerate(streams):
+                if given is not None:
+                    given.packed().save(folder / f"{part}-{number}")
+        return len(train), [number for number, given in enumerate(dev) if given is not None]
+
+    streams, held_out = ranks.first(write)
+    if made is not None:
+        return made
+
+    def read(name: str) -> Rows:
+        return Rows(TokenRows.load(folder / name), [], None)
+
+    return [read(f"train-{number}") for number in range(streams)], [
+        read(f"dev-{number}") if number in held_out else None for number in range(streams)
+    ]
 
 
 def checked_streams(settings: TrainSettings, objectives: Sequence[Objective], rows: Sequence[Rows]) -> list[Stream]:

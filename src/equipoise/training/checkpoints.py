@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from equipoise.core.files import read_json, write_json
@@ -18,6 +19,8 @@ class CompleteMark(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called by the Trainer once model, optimizer, schedule, random states and its own state are on disk."""
+        if args.world_size > 1:
+            torch.distributed.barrier()  # every rank writes its random state, and its shards
         if state.is_world_process_zero and args.output_dir is not None:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             write_json(folder / COMPLETE, {"step": state.global_step})

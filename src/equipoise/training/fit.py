@@ -19,10 +19,10 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
 from equipoise.core.errors import NumericsError, UsageError
-from equipoise.core.files import write_json, write_jsonl
+from equipoise.core.files import fingerprint, read_json, write_json, write_jsonl
 from equipoise.core.prints import PromptPrints
 from equipoise.core.progress import bar, say
-from equipoise.core.runs import Run, run_stage
+from equipoise.core.runs import Run
 from equipoise.data.plan import Planner
 from equipoise.models.attention import NAME
 from equipoise.models.batch import Form
@@ -31,11 +31,21 @@ from equipoise.models.logps import unwrapped
 from equipoise.objectives._base import Losses, Needs, Objective, Scored
 from equipoise.objectives._load import build, from_callable
 from equipoise.training._heap import keep_freed_memory
-from equipoise.training._model import autocast_for, fill_store, load_policy, make_trainable, model_identity, stored_tolerance
-from equipoise.training._rows import Rows, checked_streams, make_streams
+from equipoise.training._model import (
+    autocast_for,
+    fill_store,
+    load_policy,
+    make_trainable,
+    model_identity,
+    reference_identity,
+    stored_tolerance,
+)
+from equipoise.training._ranks import Ranks, on_cpu
+from equipoise.training._rows import Rows, checked_streams, make_streams, shared_rows
 from equipoise.training._streams import Forward, Stream
 from equipoise.training.checkpoints import CompleteMark, newest_complete
 from equipoise.training.settings import TrainSettings
+from equipoise.training.sharding import check_accelerate, shard
 from equipoise.training.start_check import check_scores, choose_form
 from equipoise.training.trainer import LogLines, PreferenceTrainer, ProgressLine
 
@@ -79,22 +89,30 @@ def fit(
     readouts = {item.needs.readout for item in objectives}
     if len(readouts) > 1:
         raise UsageError("Streams that read scores cannot be mixed with streams that read log-probs.")
+    ranks = Ranks.join()
     if tokenizer is None:
         tokenizer = load_tokenizer(settings.model_name_or_path)
-    train, dev = make_streams(settings, objectives, tokenizer, train_dataset, eval_dataset)
-    inputs = {"model": model_identity(settings, model)}
-    for stream, rows, held_out in zip(settings.streams, train, dev, strict=True):
-        inputs[f"rows {stream.name}"] = rows.fingerprint()
-        if held_out is not None:
-            inputs[f"dev {stream.name}"] = held_out.fingerprint()
-    if objective is not None:
-        kind = type(objectives[0])
-        inputs["objective"] = f"{kind.__module__}.{kind.__qualname__} {getattr(objective, '__qualname__', '')} {objectives[0]!r}"
+    made: list[tuple[list[Rows], list[Rows | None]]] = []
+
+    def inputs() -> dict[str, str]:
+        """Rank 0 alone makes the rows and hashes what the stage reads."""
+        train, dev = make_streams(settings, objectives, tokenizer, train_dataset, eval_dataset)
+        made.append((train, dev))
+        names = {"model": model_identity(settings, model)}
+        for stream, rows, held_out in zip(settings.streams, train, dev, strict=True):
+            names[f"rows {stream.name}"] = rows.fingerprint()
+            if held_out is not None:
+                names[f"dev {stream.name}"] = held_out.fingerprint()
+        if objective is not None:
+            kind = type(objectives[0])
+            names["objective"] = f"{kind.__module__}.{kind.__qualname__} {getattr(objective, '__qualname__', '')} {objectives[0]!r}"
+        return names
 
     def work(folder: Path) -> Mapping[str, Any]:
-        return _Fit(settings, folder, objectives, tokenizer, train, dev, callbacks).run(model)
+        train, dev = shared_rows(made[0] if made else None, folder / "rows", ranks)
+        return _Fit(settings, folder, objectives, tokenizer, train, dev, callbacks, ranks).run(model)
 
-    return run_stage(settings.output_dir, "train", settings.resolved(), inputs, work, overwrite)
+    return ranks.stage(settings.output_dir, "train", settings.resolved(), ranks.first(inputs), work, overwrite)
 
 
 class _Fit:
@@ -109,8 +127,9 @@ class _Fit:
         train: Sequence[Rows],
         dev: Sequence[Rows | None],
         callbacks: Sequence[TrainerCallback],
+        ranks: Ranks,
     ) -> None:
-        self.settings, self.folder, self.tokenizer, self.callbacks = settings, folder, tokenizer, callbacks
+        self.settings, self.folder, self.tokenizer, self.callbacks, self.ranks = settings, folder, tokenizer, callbacks, ranks
         self.given, self.given_dev = train, dev
         self.streams = checked_streams(settings, objectives, train)
         # Dev figures are told for all streams or for none: a step's loss is their weighted sum.
@@ -128,18 +147,26 @@ class _Fit:
         device = arguments.device
         if device.type == "cpu":
             keep_freed_memory()
+        by_accelerate = check_accelerate(device)
         torch.manual_seed(self.settings.seed)
-        policy = load_policy(self.settings, self.readout) if model is None else model
-        policy, fresh = make_trainable(policy.to(device), self.settings, self.readout)
-        forward = self._start_check(policy, device)
+        policy = load_policy(self.settings, self.readout, device) if model is None else model
+        policy, fresh = make_trainable(policy, self.settings, self.readout)
+        identity = self.ranks.first(lambda: self._reference_identity(policy, fresh))
+        if self.settings.fsdp and self.ranks.size > 1 and not by_accelerate:
+            shard(policy, device)
+        else:
+            policy.to(device)
+        with self.ranks.one_voice():
+            forward = self._start_check(policy, device)
         if fresh:
             forward.live_reference = policy.disable_adapter
-        self._references(policy, fresh, forward, arguments)
-        trainer = self._trainer(policy, arguments, forward)
+        self._references(policy, identity, forward)
+        resume = self.ranks.first(lambda: newest_complete(str(arguments.output_dir)))
+        trainer = self._trainer(policy, arguments, forward, self._batch_size(resume))
         started = time.monotonic()
-        resume = newest_complete(str(arguments.output_dir))
         if resume is not None:
-            say(f"going on from {resume.name}")
+            with self.ranks.one_voice():
+                say(f"going on from {resume.name}")
         native = unwrapped(policy).config._attn_implementation
         if forward.form != "padded":
             unwrapped(policy).set_attn_implementation(NAME)
@@ -157,7 +184,8 @@ class _Fit:
         return {
             "model": "model",
             "steps": trainer.state.global_step,
-            "train_loss": outcome.training_loss,
+            # Between log lines the Trainer adds up its own rank's part only.
+            "train_loss": sum(self.ranks.gather(outcome.training_loss)) / self.ranks.size,
             "dev": {name: value for name, value in final.items() if isinstance(value, float)},
             "form": forward.form,
             "resumed_from": None if resume is None else resume.name,
@@ -165,6 +193,8 @@ class _Fit:
         }
 
     def _write_provenance(self) -> None:
+        if self.ranks.rank:
+            return  # rank 0 made the rows and knows how they came about
         write_json(
             self.folder / "accounting.json",
             {
@@ -193,7 +223,12 @@ class _Fit:
         self.report = report
         return Forward(form, device, self.tokenizer.pad_token_id or 0, autocast)
 
-    def _references(self, policy: Any, fresh: bool, forward: Forward, arguments: TrainingArguments) -> None:
+    def _reference_identity(self, policy: Any, fresh: bool) -> tuple[str, str] | None:
+        """What names the start weights in the reference store, where a stream asks for them."""
+        stored = any(stream.objective.needs.reference == "stored" for stream in self.streams)
+        return reference_identity(policy, fresh) if stored and self.settings.reference_model is None else None
+
+    def _references(self, policy: Any, identity: tuple[str, str] | None, forward: Forward) -> None:
         root = (
             Path(self.settings.reference_store or os.environ.get("EQUIPOISE_CACHE") or Path.home() / ".cache" / "equipoise") / "reference"
         )
@@ -201,22 +236,14 @@ class _Fit:
             if stream.objective.needs.reference != "stored":
                 continue
             stream.store, cost = fill_store(
-                self.settings,
-                policy,
-                fresh,
-                stream.rows,
-                forward.form,
-                stored_tolerance(self.report),
-                root,
-                forward.device,
-                arguments.process_index,
-                arguments.world_size,
+                self.settings, policy, identity, stream.rows, forward, stored_tolerance(self.report), root, self.ranks
             )
             for name in ("tokens", "seconds"):
                 self.reference_cost[name] += cost[name]
         if self.settings.reference_model is None and self.streams[0].store is not None:
             self._check_start_is_reference(policy, forward)
-        write_json(self.folder / "start_check.json", self.report)
+        if not self.ranks.rank:
+            write_json(self.folder / "start_check.json", self.report)
 
     def _check_start_is_reference(self, policy: Any, forward: Forward) -> None:
         """Reference = start weights: the log-ratios of a few rows must be 0, so that a DPO run begins at ln 2."""
@@ -236,9 +263,23 @@ class _Fit:
                 f"The policy starts {off:.2g} nats a token away from its reference, which are the same weights (allowed {allowed:.2g})."
             )
 
-    def _trainer(self, policy: Any, arguments: TrainingArguments, forward: Forward) -> PreferenceTrainer:
-        planner = self._planner(self.streams, forward, arguments)
-        dev_planner = self._planner(self.dev, forward, arguments) if self.dev else None
+    def _batch_size(self, resume: Path | None) -> int:
+        """Units of an optimizer step over all processes: as the run began, also where it goes on with more or fewer of them."""
+        path = self.folder / "batch.json"
+
+        def settle() -> int:
+            if resume is not None and path.is_file():
+                return int(read_json(path)["batch_size"])
+            size = self.settings.per_device_train_batch_size * self.settings.gradient_accumulation_steps * self.ranks.size
+            write_json(path, {"batch_size": size, "processes": self.ranks.size})
+            return size
+
+        return self.ranks.first(settle)
+
+    def _trainer(self, policy: Any, arguments: TrainingArguments, forward: Forward, batch_size: int) -> PreferenceTrainer:
+        planner = self._planner(self.streams, forward, batch_size)
+        self.ranks.agree("the plan of the steps", plan_fingerprint(planner))
+        dev_planner = self._planner(self.dev, forward, batch_size) if self.dev else None
         total = (
             self.settings.max_steps if self.settings.max_steps > 0 else math.ceil(planner.steps_per_epoch * self.settings.num_train_epochs)
         )
@@ -251,10 +292,11 @@ class _Fit:
             planner=planner,
             dev_planner=dev_planner,
             forward=forward,
+            fsdp=self.settings.fsdp,
             callbacks=[
                 CompleteMark(),
                 LogLines(self.folder / "log.jsonl"),
-                ProgressLine(bar, self.settings.streams[0].objective.get("name", "training")),
+                *([] if self.ranks.rank else [ProgressLine(bar, self.settings.streams[0].objective.get("name", "training"))]),
                 *self.callbacks,
             ],
             processing_class=self.tokenizer,
@@ -263,17 +305,16 @@ class _Fit:
             trainer.remove_callback(kind)
         return trainer
 
-    def _planner(self, streams: Sequence[Stream], forward: Forward, arguments: TrainingArguments) -> Planner:
-        batch = self.settings.per_device_train_batch_size * self.settings.gradient_accumulation_steps * arguments.world_size
+    def _planner(self, streams: Sequence[Stream], forward: Forward, batch_size: int) -> Planner:
         return Planner(
             tuple(stream.lengths for stream in streams),
-            batch_size=batch,
+            batch_size=batch_size,
             token_budget=self.settings.token_budget,
             seed=self.settings.seed,
             shuffle=self.settings.shuffle,
             shared=forward.form == "packed",
             padded=forward.form == "padded",
-            world_size=arguments.world_size,
+            world_size=self.ranks.size,
         )
 
     def _arguments(self) -> TrainingArguments:
@@ -307,6 +348,7 @@ class _Fit:
             seed=settings.seed,
             remove_unused_columns=False,
             ddp_find_unused_parameters=False,
+            use_cpu=on_cpu(),
             disable_tqdm=True,
             **(recompute if settings.gradient_checkpointing else {}),
         )
@@ -321,6 +363,7 @@ class _Fit:
             part.rename(ready)
             write_jsonl(self.folder / "log.jsonl", trainer.state.log_history)
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+            shutil.rmtree(self.folder / "rows", ignore_errors=True)
 
     def _cost(self, policy: Any, trainer: PreferenceTrainer, seconds: float) -> dict[str, float]:
         """What the run spent; `seconds` are those of the call that finished it (see `resumed_from`).
@@ -337,7 +380,8 @@ class _Fit:
             "reference_seconds": self.reference_cost["seconds"],
             "reference_tokens": self.reference_cost["tokens"],
         }
-        write_json(self.folder / "cost.json", cost)
+        if not self.ranks.rank:
+            write_json(self.folder / "cost.json", cost)
         return cost
 
 
@@ -345,3 +389,9 @@ def _ends(model: Any) -> set[int | None]:
     """End-of-sequence ids the model's generation settings name."""
     end = getattr(getattr(unwrapped(model), "generation_config", None), "eos_token_id", None)
     return set(end) if isinstance(end, (list, tuple)) else {end}
+
+
+def plan_fingerprint(planner: Planner) -> str:
+    """A fingerprint of the first, the middle and the last step of the first epoch: other lengths, sizes or seeds show in them."""
+    last = planner.steps_per_epoch - 1
+    return fingerprint([repr(planner.step(number)) for number in sorted({0, last // 2, last})])

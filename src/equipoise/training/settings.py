@@ -54,6 +54,7 @@ class TrainSettings(Settings):
     lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="LoRA dropout")
     lora_target_modules: tuple[str, ...] | Literal["all-linear"] = Field(default="all-linear", description="modules that get LoRA")
     trainable: str | None = Field(default=None, description="regular expression: train only weights whose name matches")
+    fsdp: bool = Field(default=False, description="cut weights, gradients and optimizer state over the processes (FSDP2)")
     gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
     attention: Literal["auto", "packed", "separate", "padded"] = Field(
         default="auto", description="auto: shared prompts where the start check agrees, else falls back; the others force one way"

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from equipoise.core.errors import UsageError
 from equipoise.core.files import JsonlAppender, write_jsonl
 from equipoise.core.progress import Bar
-from equipoise.data.plan import Planner, Step
+from equipoise.data.plan import MicroBatch, Planner, Step
+from equipoise.reference.build import levelled
 from equipoise.training._step import StepRunner
 from equipoise.training._streams import Forward, Stream, detached, join
 from equipoise.training.meters import Meters
+from equipoise.training.sharding import ShardedCheckpoints
 
 Tensor = torch.Tensor
 
@@ -40,13 +42,13 @@ class Steps(Dataset[Step]):
         return self.planner.step(self.epoch * len(self) + index)
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(ShardedCheckpoints):
     """Trains any objectives on packed rows.
 
     Args:
         streams: what to train on. dev: the same, for evaluation while training (may be empty).
         planner: which rows make which step. dev_planner: how dev rows are cut.
-        forward: how a micro-batch goes through the model.
+        forward: how a micro-batch goes through the model. fsdp: checkpoints are in shards (see `sharding`).
     """
 
     def __init__(
@@ -59,10 +61,11 @@ class PreferenceTrainer(Trainer):
         planner: Planner,
         dev_planner: Planner | None,
         forward: Forward,
+        fsdp: bool = False,
         callbacks: Sequence[TrainerCallback] = (),
         processing_class: Any = None,
     ) -> None:
-        self.steps = Steps(planner)
+        self.steps, self.fsdp = Steps(planner), fsdp
         super().__init__(
             model=model,
             args=args,
@@ -93,7 +96,7 @@ class PreferenceTrainer(Trainer):
                 self.forward,
                 self.meters,
                 backward=self.accelerator.backward,
-                sync=lambda last: nullcontext() if last else self.accelerator.no_sync(model),
+                sync=lambda last: self.exchange(model, last),
                 rank=self.args.process_index,
                 world_size=self.args.world_size,
             )
@@ -134,9 +137,11 @@ class PreferenceTrainer(Trainer):
         assert self.dev_planner is not None
         parts, counts = [], 0.0
         with torch.no_grad():
-            for micro in self.dev_planner.all_rows(index, self.args.process_index):
-                parts.append(detached(self.forward.scored(model, stream, micro.rows)[0]))
-                counts += float(stream.counts[list(micro.rows)].sum())
+            for micro in levelled(self.dev_planner.all_rows(index, self.args.process_index), MicroBatch(index, (0,), idle=True)):
+                scored = detached(self.forward.scored(model, stream, micro.rows)[0])
+                if not micro.idle:
+                    parts.append(scored)
+                    counts += float(stream.counts[list(micro.rows)].sum())
             if self.args.world_size > 1:
                 everyone: list[Any] = [None] * self.args.world_size
                 torch.distributed.all_gather_object(everyone, (parts, counts))
