@@ -2,7 +2,8 @@
 
 The mask function hands every layer a `RowMask` (how the sequence is cut, and this layer's window) instead of a dense
 mask; the attention function runs SDPA row by row: the prompt with its first reply causally, every further reply
-against the prompt's keys and its own. Rules are applied on *positions*, so windows reach back into the shared prompt.
+against the prompt's keys and its own. On a CUDA device one FlexAttention kernel does the same (`_flex`). Rules are applied
+on *positions*, so windows reach back into the shared prompt.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from equipoise.core.errors import NumericsError
+from equipoise.models import _flex
 from equipoise.models.batch import Span
 
 Tensor = torch.Tensor
@@ -37,6 +39,7 @@ class RowMask:
     rows: tuple[Span, ...]
     window: int | None
     _biases: dict[Any, Tensor | None] = field(default_factory=dict)
+    _blocks: Any = None
 
     def bias(self, prompt: int, reply: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Additive mask [reply, prompt + reply] for a reply that attends to its prompt and itself. Kept for all layers."""
@@ -53,6 +56,12 @@ class RowMask:
         if self.window is None or length <= self.window:
             return None
         return self.bias(0, length, dtype, device)
+
+    def blocks(self, device: torch.device) -> Any:
+        """The same rule as FlexAttention's block mask. Kept for all layers, the backward pass and recomputation."""
+        if self._blocks is None:
+            self._blocks = _flex.block_mask(self.rows, self.window, device)
+        return self._blocks
 
     def _allowed(self, query: Tensor, key: Tensor) -> Tensor:
         distance = query[:, None] - key[None, :]
@@ -111,6 +120,8 @@ def packed_attention(
         raise NumericsError(f"{type(module).__name__} has a window of {window} that its mask does not know of.")
     if key.shape[2] != query.shape[2]:
         raise NumericsError("Packed attention runs without a key-value cache.")
+    if _flex.usable(query, key, value, dropout):
+        return _flex.attend(query, key, value, attention_mask.blocks(query.device), scaling), None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
