@@ -186,3 +186,14 @@ def test_forty_of_the_fifty_harmful_prompts_of_the_opt350m_study_stand_in_the_hh
     assert len(found) == 40
     assert sum(item.kind == "exact" for item in found) == 37
     assert PromptPrints.of(helpful).shared_with(rows) == []
+
+
+def test_joining_files_writes_what_merging_in_memory_writes(tmp_path: Path) -> None:
+    texts = [["how do I boil eggs", ""], ["one " * 30], ["a b c d e f g h i j k l m n o p", "東京 is big"]]
+    paths = []
+    for number, part in enumerate(texts):
+        paths.append(tmp_path / f"{number}.npz")
+        PromptPrints.of(part).save(paths[-1])
+    PromptPrints.join(paths, tmp_path / "joined.npz")
+    PromptPrints.merge([PromptPrints.of(part) for part in texts]).save(tmp_path / "merged.npz")
+    assert (tmp_path / "joined.npz").read_bytes() == (tmp_path / "merged.npz").read_bytes()

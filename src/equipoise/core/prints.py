@@ -20,7 +20,7 @@ import hashlib
 import re
 import unicodedata
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from equipoise.core.arrays import write_array
 from equipoise.core.errors import DataError, UsageError
 from equipoise.core.files import atomic
 from equipoise.core.records import Message
@@ -40,7 +41,14 @@ _CELLS = 4_000_000  # most (row, row) cells looked at in one go: keeps memory fl
 _ROLE = re.compile(r"^\s*(?:human|user|assistant|system|ai)\s*:", re.IGNORECASE | re.MULTILINE)
 # Scripts written without spaces are cut into characters; everything else into runs of letters and digits.
 _WORD = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
-_FIELDS = ("exact", "words", "word_starts", "word_values", "gram_starts", "gram_values")
+_FIELDS = {
+    "exact": np.uint64,
+    "words": np.int32,
+    "word_starts": np.int64,
+    "word_values": np.uint32,
+    "gram_starts": np.int64,
+    "gram_values": np.uint32,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +127,20 @@ class PromptPrints:
             gram_starts=_joined([part.gram_starts for part in parts]),
             gram_values=np.concatenate([part.gram_values for part in parts]),
         )
+
+    @staticmethod
+    def join(parts: Sequence[Path], path: str | Path) -> None:
+        """Write saved prints as one file, in order: what `merge` of them and `save` would write, one array of one part in memory."""
+        lengths = {name: sum(len(part) for part in _arrays(parts, name)) for name in _FIELDS}
+        with atomic(path, "wb") as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            for name in ("schema_version", *_FIELDS):
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    if name == "schema_version":
+                        np.save(member, np.int64(SCHEMA_VERSION))
+                    elif name.endswith("_starts"):
+                        write_array(member, np.int64, lengths[name] - len(parts) + 1, _moved(parts, name))
+                    else:
+                        write_array(member, _FIELDS[name], lengths[name], _arrays(parts, name))
 
     def save(self, path: str | Path) -> None:
         """Write one `.npz` file atomically; the same prints give the same bytes."""
@@ -249,6 +271,23 @@ def _flat(rows: Sequence[NDArray[np.uint32]]) -> tuple[NDArray[np.int64], NDArra
     """Ragged rows as (starts, values)."""
     starts = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)]).astype(np.int64)
     return starts, np.concatenate(rows) if rows else _NONE
+
+
+def _arrays(paths: Iterable[Path], name: str) -> Iterator[NDArray[Any]]:
+    """One array of each of some saved files."""
+    for path in paths:
+        with np.load(path, allow_pickle=False) as data:
+            yield data[name]
+
+
+def _moved(paths: Iterable[Path], name: str) -> Iterator[NDArray[np.int64]]:
+    """The starts of concatenated ragged arrays, part by part."""
+    before = 0
+    yield np.zeros(1, dtype=np.int64)
+    for part in _arrays(paths, name):
+        moved = part[1:] + before
+        before = int(moved[-1])
+        yield moved
 
 
 def _joined(starts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:

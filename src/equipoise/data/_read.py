@@ -121,13 +121,14 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json_array(path: Path) -> Iterator[tuple[str, Any]]:
-    """A JSON array of rows; many published `.json` files are JSON lines, so those are taken too."""
+    """A JSON array of rows, read whole; many published `.json` files are JSON lines, so those are taken too, line by line."""
     with _open(path) as stream:
-        text = _text(stream.read(), str(path), first=True)
-    first_line = text.lstrip()[:1]
-    if first_line == "{":
+        start = next((line.lstrip(b"\xef\xbb\xbf \t\r\n") for line in stream if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
+    if start[:1] == b"{":
         yield from _json_lines(path)
         return
+    with _open(path) as stream:
+        text = _text(stream.read(), str(path), first=True)
     rows = _parse(text, path, 1) if text.strip() else []
     if not isinstance(rows, list):
         raise DataError(f"{path}: expected an array of rows, found {kind_of(rows)}.")

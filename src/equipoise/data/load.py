@@ -1,4 +1,4 @@
-"""`load`: a source in, records and their accounting out."""
+"""`stream` and `load`: a source in, records and their accounting out; one by one, or as a list."""
 
 from __future__ import annotations
 
@@ -35,36 +35,62 @@ class Loaded:
     format: str = ""
 
 
+@dataclass(frozen=True)
+class Streamed:
+    """Records of a source one by one, in one pass; `accounting` is complete once they are exhausted."""
+
+    records: Iterator[Record]
+    accounting: Accounting
+    format: str = ""
+
+
 def load(settings: DataSettings, dataset: Any = None) -> Loaded:
+    """Records of a source as a list: what `stream` gives, and a fingerprint of it. For data that fits into memory."""
+    streamed = stream(settings, dataset)
+    records = list(streamed.records)
+    return Loaded(records, streamed.accounting, records_fingerprint(records), streamed.format)
+
+
+def stream(settings: DataSettings, dataset: Any = None) -> Streamed:
     """Records of a source: read, checked, split, kept apart from excluded prompts, cut to `max_rows`; all counted.
+
+    Memory does not grow with the rows, but for 8 bytes an id. A `.json` file that is one array is read whole.
 
     Args:
         settings: which source, and what of it counts.
         dataset: an in-memory `datasets.Dataset` or list of dicts; then `dataset_name` is not looked at.
 
     Raises:
-        DataError: nothing to read, unreadable, or no row left (with the reasons). A part of the split may be empty.
+        DataError: nothing to read, unreadable, or no row left (with the reasons; at the end). A part of the split may be empty.
         UsageError: a setting names something that is not there.
     """
-    accounting = Accounting()
     rows = _rows(settings, dataset)
     first = list(islice(rows, PEEKED))
     if not first:
         raise DataError(f"{_name(settings, dataset)} holds no rows.")
     module = source(STARTER if _is_starter(settings, dataset) else settings.format, first)
-    records = mixture.unique_ids(module.records(chain(first, rows), settings, accounting), accounting)
-    readable = bool(records)
-    records = mixture.keep_part(records, settings.part, settings.split_fractions, settings.split_seed, accounting)
     others = {name: other_prompts(name) for name in settings.exclude_prompts}
-    records = mixture.exclude(records, others, settings.exclude_near, accounting)
-    for record in records[settings.max_rows :] if settings.max_rows is not None else ():
-        accounting.drop("beyond max_rows", record.id)
-    records = [_with_system(record, settings.system_prompt) for record in records[: settings.max_rows]]
-    accounting.kept = len(records)
+    accounting = Accounting()
+    records = _records(module.records(chain(first, rows), settings, accounting), others, settings, accounting, _name(settings, dataset))
+    return Streamed(records, accounting, str(module.__name__).rsplit(".", 1)[-1])
+
+
+def _records(
+    readable: Iterator[Record], others: Mapping[str, PromptPrints], settings: DataSettings, accounting: Accounting, name: str
+) -> Iterator[Record]:
+    """The readable records that are asked for; all others are counted, and at the end every row must be accounted for."""
+    first = list(islice(readable, 1))
+    records = mixture.unique_ids(chain(first, readable), accounting)
+    records = mixture.keep_part(records, settings.part, settings.split_fractions, settings.split_seed, accounting)
+    for record in mixture.exclude(records, others, settings.exclude_near, accounting):
+        if settings.max_rows is not None and accounting.kept >= settings.max_rows:
+            accounting.drop("beyond max_rows", record.id)
+        else:
+            accounting.kept += 1
+            yield _with_system(record, settings.system_prompt)
     accounting.check()
-    if not records and (settings.part == "all" or not readable):
-        raise DataError(f"{_name(settings, dataset)}: no row is left; {accounting.in_words()}.")
-    return Loaded(records, accounting, records_fingerprint(records), str(module.__name__).rsplit(".", 1)[-1])
+    if not accounting.kept and (settings.part == "all" or not first):
+        raise DataError(f"{name}: no row is left; {accounting.in_words()}.")
 
 
 def mix(parts: Mapping[str, Loaded]) -> Loaded:

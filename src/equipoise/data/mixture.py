@@ -10,15 +10,19 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 
+from equipoise.core.arrays import Seen, print64
 from equipoise.core.prints import PromptPrints, conversation_text
 from equipoise.core.records import Message, Record
 from equipoise.data.accounting import Accounting
 
 _EDGES = " .,;:!?…\"'“”‘’()[]*_-"
 PARTS = ("train", "dev", "test")
+COMPARED = 4000
+"""Records compared with excluded prompts in one go."""
 
 
 def cluster(first_turn: str) -> str:
@@ -36,16 +40,14 @@ def part_of(name: str, fractions: tuple[float, float, float] = (0.8, 0.1, 0.1), 
 
 def keep_part(
     records: Iterable[Record], part: str, fractions: tuple[float, float, float], seed: int, accounting: Accounting
-) -> list[Record]:
+) -> Iterator[Record]:
     """The records of one part ('all' keeps everything); the others are counted."""
-    kept = []
     for record in records:
         own = part if part == "all" else part_of(cluster(record.first_turn), fractions, seed)
         if own == part:
-            kept.append(record)
+            yield record
         else:
             accounting.drop(f"in another part ({own})", record.id)
-    return kept
 
 
 def prompt_texts(prompt: Sequence[Message]) -> tuple[str, ...]:
@@ -60,13 +62,26 @@ def prints_of(records: Iterable[Record]) -> PromptPrints:
     return PromptPrints.of([conversation_text(record.prompt) for record in records])
 
 
-def exclude(records: Sequence[Record], others: Mapping[str, PromptPrints], near: float, accounting: Accounting) -> list[Record]:
+def exclude(records: Iterable[Record], others: Mapping[str, PromptPrints], near: float, accounting: Accounting) -> Iterator[Record]:
     """The records whose prompt stands in none of `others` (name → prints), exactly or nearly; the rest is counted.
 
-    A record is recognised by its first user turn or by its whole prompt.
+    A record is recognised by its first user turn or by its whole prompt. Records are compared some thousand at a time.
     """
-    if not others or not records:
-        return list(records)
+    if not others:
+        yield from records
+        return
+    records = iter(records)
+    while some := list(islice(records, COMPARED)):
+        reasons = _standing_in(some, others, near)
+        for index, record in enumerate(some):
+            if index in reasons:
+                accounting.drop(reasons[index], record.id)
+            else:
+                yield record
+
+
+def _standing_in(records: Sequence[Record], others: Mapping[str, PromptPrints], near: float) -> dict[int, str]:
+    """Index → reason of the records whose prompt stands in one of `others`; an exact match is named before a near one."""
     texts = [prompt_texts(record.prompt) for record in records]
     owner = [index for index, group in enumerate(texts) for _ in group]
     mine = PromptPrints.of([text for group in texts for text in group])
@@ -77,24 +92,22 @@ def exclude(records: Sequence[Record], others: Mapping[str, PromptPrints], near:
             index = owner[overlap.index]
             if index not in reasons or overlap.kind == "exact":
                 reasons[index] = f"prompt {how} in {name}"
-    for index, reason in sorted(reasons.items()):
-        accounting.drop(reason, records[index].id)
-    return [record for index, record in enumerate(records) if index not in reasons]
+    return reasons
 
 
-def unique_ids(records: Iterable[Record], accounting: Accounting) -> list[Record]:
-    """Records with doubled ids told apart by `#2`, `#3`, …: stores and rows are found by id."""
+def unique_ids(records: Iterable[Record], accounting: Accounting) -> Iterator[Record]:
+    """Records with doubled ids told apart by `#2`, `#3`, …: stores and rows are found by id.
+
+    Ids are remembered by 64 bits each. Two that share them by chance (1 in 37 million for a million ids) only get a number.
+    """
     times: Counter[str] = Counter()
-    taken: set[str] = set()
-    result = []
+    seen = Seen()
     for record in records:
         name = record.id
-        while name in taken:
+        while not seen.add(print64(name)):
             times[record.id] += 1
             name = f"{record.id}#{times[record.id] + 1}"
         if name != record.id:
             accounting.note("ids that stood twice were numbered")
             record = replace(record, id=name)
-        taken.add(name)
-        result.append(record)
-    return result
+        yield record

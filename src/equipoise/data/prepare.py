@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
-from itertools import chain
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from equipoise.core.errors import DataError
 from equipoise.core.files import fingerprint, read_json, write_json
+from equipoise.core.prints import PromptPrints
 from equipoise.core.progress import bar
 from equipoise.core.records import Record
 from equipoise.core.runs import Run, run_stage
 from equipoise.data._encode import Encoder
+from equipoise.data._join import join
 from equipoise.data.accounting import Accounting
-from equipoise.data.load import load, source_fingerprint
+from equipoise.data.load import source_fingerprint, stream
 from equipoise.data.mixture import prints_of
 from equipoise.data.rows import TokenRows
 from equipoise.data.settings import PrepareSettings
-from equipoise.data.tokenise import BATCH, tokenise_units
+from equipoise.data.tokenise import BATCH, batches, tokenise_units
 from equipoise.data.units import units
 
 SHARD = 2 * BATCH
-"""Units tokenised between two marks on disk: what a kill can cost."""
+"""Units tokenised between two marks on disk: what a kill can cost, and what memory holds."""
+PRINTS = "trained_on.npz"
 
 
 def prepare(settings: PrepareSettings, tokenizer: Any, dataset: Any = None, overwrite: bool = False) -> Run:
@@ -58,42 +60,40 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def _work(folder: Path, settings: PrepareSettings, tokenizer: Any, dataset: Any) -> dict[str, Any]:
-    loaded = load(settings.data, dataset)
-    accounting = Accounting()
-    made = units(loaded.records, settings.roles, settings.facts, accounting)
+    streamed = stream(settings.data, dataset)
+    accounting, counted = Accounting(), Accounting()
     encoder = Encoder(tokenizer, settings.tokenise)
-    shards = []
-    with bar("tokenising", len(made)) as progress:
-        for start in range(0, len(made), SHARD):
-            shard = folder / "shards" / f"{start // SHARD:06d}"
-            accounting.add(_shard(shard, made[start : start + SHARD], encoder))
-            shards.append(shard)
-            progress.advance(min(SHARD, len(made) - start))
+    shards: list[Path] = []
+    folder_of_shards = folder / "shards"
+    made = units(streamed.records, settings.roles, settings.facts, accounting, spool=folder_of_shards / "units.jsonl")
+    with bar("tokenising", None) as progress:
+        for number, some in enumerate(batches(made, SHARD)):
+            shard = folder_of_shards / f"{number:06d}"
+            counted.add(_shard(shard, some, encoder))
+            if (shard / "rows.json").is_file():
+                shards.append(shard)
+            progress.advance(len(some))
+    accounting.add(counted)
     if not accounting.kept:
         raise DataError(f"No row is left after tokenising: {accounting.in_words()}.")
-    rows = TokenRows.of(chain.from_iterable(TokenRows.load(shard) for shard in shards if (shard / "rows.json").is_file()))
-    rows.save(folder / "rows")
-    write_json(folder / "accounting.json", {"schema_version": 1, "load": loaded.accounting.as_json(), "tokenise": accounting.as_json()})
-    prints_of(_kept(made, rows.ids)).save(folder / "trained_on.npz")
-    shutil.rmtree(folder / "shards")
-    tokens = sum(prompt + sum(replies) for prompt, replies in rows.lengths())
-    return {"rows": len(rows), "tokens": tokens, "fingerprint": rows.fingerprint(), "rows_in": loaded.accounting.rows_in}
+    joined = join(shards, folder / "rows")
+    PromptPrints.join([shard / PRINTS for shard in shards], folder / PRINTS)
+    write_json(folder / "accounting.json", {"schema_version": 1, "load": streamed.accounting.as_json(), "tokenise": accounting.as_json()})
+    shutil.rmtree(folder_of_shards)
+    return {"rows": joined.rows, "tokens": joined.tokens, "fingerprint": joined.fingerprint, "rows_in": streamed.accounting.rows_in}
 
 
 def _shard(shard: Path, made: list[Record], encoder: Encoder) -> Accounting:
     """Tokenise one shard, unless it is there already. Its accounting is written last: without it the shard does not count."""
     mark = shard / "accounting.json"
-    if mark.is_file():
+    # A version before rows format 2 left no prints; its shards are made again.
+    if mark.is_file() and (shard / PRINTS).is_file() >= (shard / "rows.json").is_file():
         return Accounting.from_json(read_json(mark))
     accounting = Accounting()
-    rows = [row for start in range(0, len(made), BATCH) for row in tokenise_units(made[start : start + BATCH], encoder, accounting)]
-    if rows:  # an empty array cannot be memory-mapped, and an empty shard has nothing to say but its accounting
+    rows = [row for some in batches(made, BATCH) for row in tokenise_units(some, encoder, accounting)]
+    if rows:  # an empty shard has nothing to say but its accounting
+        kept = {row.id for row in rows}
+        prints_of(unit for unit in made if unit.id in kept).save(shard / PRINTS)  # only prompts of rows are trained on
         TokenRows.of(rows).save(shard)
     write_json(mark, accounting.as_json())
     return accounting
-
-
-def _kept(made: Iterable[Record], ids: Iterable[str]) -> list[Record]:
-    """The units that became rows: only their prompts are trained on."""
-    wanted = set(ids)
-    return [unit for unit in made if unit.id in wanted]

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from equipoise.core.arrays import Texts, pieces
 from equipoise.core.errors import DataError
-from equipoise.core.files import atomic, fingerprint, read_json, write_json
+from equipoise.core.files import atomic, read_json, write_json
 
 Ids = NDArray[np.int32]
 Flags = NDArray[np.bool_]
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +73,8 @@ class TokenRows(Sequence[TokenRow]):
     Layout: `tokens` int32 holds each row's prompt, then its branches; `starts` int64 [segments + 1] cuts it;
     `segments` int64 [rows + 1] says which segments a row owns (its first is the prompt); `roles` one name per
     segment as an index into `role_names`; `learn` (and any other mark) bool over `tokens`; `facts` float64
-    [segments] per name, NaN where missing; `ids` the row ids.
+    [segments] per name, NaN where missing; `ids` the row ids, as UTF-8 end to end. On disk one `.npy` file each, and
+    `rows.json` with the names, written last (docs/contracts.md).
     """
 
     def __init__(
@@ -80,10 +86,10 @@ class TokenRows(Sequence[TokenRow]):
         role_names: Sequence[str],
         marks: Mapping[str, Flags],
         facts: Mapping[str, NDArray[np.float64]],
-        ids: Sequence[str],
+        ids: Texts,
     ) -> None:
         self._tokens, self._starts, self._segments, self._roles = tokens, starts, segments, roles
-        self._role_names, self._marks, self._facts, self._ids = tuple(role_names), dict(marks), dict(facts), list(ids)
+        self._role_names, self._marks, self._facts, self._ids = tuple(role_names), dict(marks), dict(facts), ids
 
     @classmethod
     def of(cls, rows: Iterable[TokenRow]) -> TokenRows:
@@ -91,7 +97,7 @@ class TokenRows(Sequence[TokenRow]):
         rows = list(rows)
         ids = [row.id for row in rows]
         if len(set(ids)) != len(ids):
-            doubled = next(item for item in ids if ids.count(item) > 1)
+            doubled = Counter(ids).most_common(1)[0][0]
             raise DataError(f"Row id {doubled!r} stands twice.")
         role_names = sorted({branch.role for row in rows for branch in row.branches})
         mark_names = sorted({name for row in rows for branch in row.branches for name in branch.marks})
@@ -125,7 +131,7 @@ class TokenRows(Sequence[TokenRow]):
             role_names=role_names,
             marks={name: np.concatenate(values) if values else np.zeros(0, dtype=bool) for name, values in marks.items()},
             facts={name: np.asarray(values, dtype=np.float64) for name, values in facts.items()},
-            ids=ids,
+            ids=Texts.of(ids),
         )
 
     def save(self, folder: str | Path) -> None:
@@ -133,14 +139,10 @@ class TokenRows(Sequence[TokenRow]):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "rows.json").unlink(missing_ok=True)
-        arrays: dict[str, NDArray[Any]] = {"tokens": self._tokens, "starts": self._starts, "segments": self._segments, "roles": self._roles}
-        arrays |= {f"mark-{name}": value for name, value in self._marks.items()}
-        arrays |= {f"fact-{name}": value for name, value in self._facts.items()}
-        for name, value in arrays.items():
+        for name, value in self._columns().items():
             with atomic(folder / f"{name}.npy", "wb") as stream:
                 np.save(stream, value, allow_pickle=False)
-        header = {"schema_version": 1, "roles": self._role_names, "marks": list(self._marks), "facts": list(self._facts)}
-        write_json(folder / "rows.json", header | {"ids": self._ids})
+        write_json(folder / "rows.json", header_of(self._role_names, self._marks, self._facts))
 
     @classmethod
     def load(cls, folder: str | Path) -> TokenRows:
@@ -148,7 +150,7 @@ class TokenRows(Sequence[TokenRow]):
         folder = Path(folder)
         if not (folder / "rows.json").is_file():
             raise DataError(f"{folder} holds no finished token rows (no rows.json). Run `equipoise data prepare` again.")
-        header = read_json(folder / "rows.json")
+        header = read_header(folder)
 
         def array(name: str) -> NDArray[Any]:
             loaded: NDArray[Any] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
@@ -162,7 +164,7 @@ class TokenRows(Sequence[TokenRow]):
             role_names=header["roles"],
             marks={name: array(f"mark-{name}") for name in header["marks"]},
             facts={name: array(f"fact-{name}") for name in header["facts"]},
-            ids=header["ids"],
+            ids=Texts.of(header["ids"]) if "ids" in header else Texts(array("ids"), array("id-starts")),
         )
 
     def __len__(self) -> int:
@@ -199,17 +201,59 @@ class TokenRows(Sequence[TokenRow]):
 
     def lengths(self) -> list[tuple[int, tuple[int, ...]]]:
         """(P, (T1..TK)) of every row, without touching the tokens: what planning needs."""
-        sizes = np.diff(self._starts)
-        return [
-            (int(sizes[first]), tuple(int(size) for size in sizes[first + 1 : last]))
-            for first, last in zip(self._segments[:-1], self._segments[1:], strict=True)
-        ]
+        sizes, cuts = np.diff(self._starts).tolist(), self._segments.tolist()
+        return [(sizes[first], tuple(sizes[first + 1 : last])) for first, last in pairwise(cuts)]
 
     def fingerprint(self) -> str:
         """16 hex digits of the content: ids, tokens, cuts, roles, marks and facts."""
-        digest = hashlib.sha256(fingerprint({"ids": self._ids, "roles": self._role_names}).encode())
-        arrays: dict[str, NDArray[Any]] = {"tokens": self._tokens, "starts": self._starts, "segments": self._segments, "role": self._roles}
-        for name, value in (arrays | self._marks | {f"fact {name}": value for name, value in self._facts.items()}).items():
-            digest.update(name.encode())
-            digest.update(np.ascontiguousarray(value).tobytes())
+        digest = fingerprint_start(self._ids, self._role_names)
+        for name, values in self._columns().items():
+            if name not in ID_COLUMNS:
+                for _ in hashed(digest, name, pieces(values)):
+                    pass
         return digest.hexdigest()[:16]
+
+    def _columns(self) -> dict[str, NDArray[Any]]:
+        """File name → array, in the order they are written and hashed in."""
+        arrays: dict[str, NDArray[Any]] = {"tokens": self._tokens, "starts": self._starts, "segments": self._segments, "roles": self._roles}
+        arrays |= {f"mark-{name}": value for name, value in self._marks.items()}
+        arrays |= {f"fact-{name}": value for name, value in self._facts.items()}
+        return arrays | {"ids": self._ids.values, "id-starts": self._ids.starts}
+
+
+ID_COLUMNS = ("ids", "id-starts")
+
+
+def header_of(roles: Iterable[str], marks: Iterable[str], facts: Iterable[str]) -> dict[str, Any]:
+    """What `rows.json` holds: the names, in the order of their numbers and files."""
+    return {"schema_version": SCHEMA_VERSION, "roles": list(roles), "marks": list(marks), "facts": list(facts)}
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """`rows.json` of a folder; of format 1 with the row ids in it. Raises DataError for a format of later."""
+    header: dict[str, Any] = read_json(folder / "rows.json")
+    if header.get("schema_version") not in (1, SCHEMA_VERSION):
+        raise DataError(f"{folder} was written with format {header.get('schema_version')}; this version reads 1 and {SCHEMA_VERSION}.")
+    return header
+
+
+def fingerprint_start(ids: Iterable[str], roles: Sequence[str]) -> Any:
+    """The digest of a fingerprint with ids and roles in it: that of the JSON object of both, made piece by piece."""
+    inner = hashlib.sha256(b'{"ids": [')
+    names = iter(ids)
+    separator = ""
+    while some := list(islice(names, 4096)):
+        inner.update((separator + json.dumps(some, ensure_ascii=False)[1:-1]).encode("utf-8", "surrogatepass"))
+        separator = ", "
+    inner.update(f'], "roles": {json.dumps(list(roles), ensure_ascii=False)}}}'.encode())
+    return hashlib.sha256(inner.hexdigest()[:16].encode())
+
+
+def hashed(digest: Any, name: str, parts: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+    """The parts of an array as they come, taken into the digest under its file's name."""
+    # Names as they were hashed in format 1, so that fingerprints stay what they are.
+    prefix, _, rest = name.partition("-")
+    digest.update({"roles": "role", "mark": rest, "fact": f"fact {rest}"}.get(prefix, name).encode())
+    for part in parts:
+        digest.update(part.tobytes())
+        yield part

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ MISMATCHED_CUT = "mismatched replies cut at max_length"
 
 
 def tokenise(
-    records: Sequence[Record], tokenizer: Any, settings: TokeniseSettings, roles: tuple[str, ...], facts: tuple[str, ...] = ()
+    records: Iterable[Record], tokenizer: Any, settings: TokeniseSettings, roles: tuple[str, ...], facts: tuple[str, ...] = ()
 ) -> tuple[TokenRows, Accounting]:
     """Token rows with one branch per role (see `data/units.py` for what each role takes), and what happened to each.
 
@@ -44,10 +45,17 @@ def tokenise(
         UsageError: an unknown role.
     """
     accounting = Accounting()
-    made = units(records, roles, facts, accounting)
     encoder = Encoder(tokenizer, settings)
-    rows = [row for start in range(0, len(made), BATCH) for row in tokenise_units(made[start : start + BATCH], encoder, accounting)]
+    made = units(records, roles, facts, accounting)
+    rows = [row for some in batches(made, BATCH) for row in tokenise_units(some, encoder, accounting)]
     return TokenRows.of(rows), accounting.check()
+
+
+def batches(made: Iterable[Record], size: int) -> Iterator[list[Record]]:
+    """Units, some at a time."""
+    made = iter(made)
+    while some := list(islice(made, size)):
+        yield some
 
 
 def prompt_ids(messages: Sequence[Message], tokenizer: Any, settings: TokeniseSettings, room: int = 0) -> Ids:

@@ -11,43 +11,58 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from equipoise.core.errors import DataError, UsageError, nearest
 from equipoise.core.records import REPLY_ROLES, Record, Reply
+from equipoise.data._mismatched import with_mismatched
 from equipoise.data.accounting import Accounting
-from equipoise.data.mixture import cluster
 
 KTO = ("sample", "mismatched")
 
 
-def units(records: Sequence[Record], roles: tuple[str, ...], facts: tuple[str, ...], accounting: Accounting) -> list[Record]:
-    """Units of all records that have what is asked for; the others are counted.
+def units(
+    records: Iterable[Record], roles: tuple[str, ...], facts: tuple[str, ...], accounting: Accounting, spool: Path | None = None
+) -> Iterator[Record]:
+    """Units of all records that have what is asked for, one by one; the others are counted.
 
-    For KTO a pair becomes two units, `<id>/chosen` and `<id>/rejected`, and counts as two rows.
+    For KTO a pair becomes two units, `<id>/chosen` and `<id>/rejected`, and counts as two rows. Its other replies come
+    from anywhere in the data, so all units are gathered first: in memory, or in the file `spool` (written afresh).
     facts: names every reply must have (`safe`, `label`, a score); a mismatched reply is exempt.
-    Raises UsageError for unknown roles, DataError where no record has them.
+    Raises UsageError for unknown roles, DataError (at the end) where no record has them.
     """
     for role in roles:
         if role not in REPLY_ROLES:
             raise UsageError(f"There is no reply role {role!r}.{nearest(role, REPLY_ROLES)}")
-    before = accounting.dropped_total
-    made: list[Record] = []
+    made = _made(records, roles, facts, accounting)
+    if "mismatched" not in roles:
+        return made
+    return with_mismatched(made, spool)
+
+
+def _made(records: Iterable[Record], roles: tuple[str, ...], facts: tuple[str, ...], accounting: Accounting) -> Iterator[Record]:
+    labelled, wanted = set(roles) == set(KTO), " and ".join(repr(role) for role in roles if role != "mismatched")
+    some = False
     for record in records:
-        found = _labelled(record) if set(roles) == set(KTO) else _picked(record, roles)
+        found = _labelled(record) if labelled else _picked(record, roles)
         if not found:
-            accounting.drop(f"no {' and '.join(repr(role) for role in roles if role != 'mismatched')} reply", record.id)
+            _drop(f"no {wanted} reply", record.id, accounting)
         for unit in found:
-            missing = next((name for name in facts for reply in unit.replies if name not in facts_of(reply)), None)
+            missing = next((name for name in facts for reply in unit.replies if name not in facts_of(reply)), None) if facts else None
             if missing is None:
-                made.append(unit)
+                some = True
+                yield unit
             else:
-                accounting.drop(f"a reply without the fact {missing!r}", unit.id)
-    accounting.rows_in += accounting.dropped_total - before  # the others are counted where they are tokenised
-    if not made:
+                _drop(f"a reply without the fact {missing!r}", unit.id, accounting)
+    if not some:
         raise DataError(f"No record has the replies {', '.join(roles)}: {accounting.in_words()}.")
-    return _with_mismatched(made) if "mismatched" in roles else made
+
+
+def _drop(reason: str, name: str, accounting: Accounting) -> None:
+    accounting.drop(reason, name)
+    accounting.rows_in += 1  # the others are counted where they are tokenised
 
 
 def facts_of(reply: Reply) -> dict[str, float]:
@@ -105,27 +120,3 @@ def _labelled(record: Record) -> list[Record]:
             return []
         made.append(replace(record, id=f"{record.id}/{role}", replies=(replace(reply, role="sample", label=label),)))
     return made
-
-
-def _with_mismatched(made: list[Record]) -> list[Record]:
-    """Each unit with the reply of another one, whose prompt is of another cluster: a rotation, the same every time.
-
-    Good and bad replies rotate among themselves, so that over the data set every reply serves about once.
-    """
-    clusters = [cluster(unit.first_turn) for unit in made]
-    if len(set(clusters)) < 2:
-        raise DataError("KTO needs replies to other prompts, and all rows share one prompt.")
-    partner = [0] * len(made)
-    for label in (True, False, None):
-        order = [index for index, unit in enumerate(made) if unit.replies[0].label is label]
-        if len({clusters[index] for index in order}) < 2:
-            # All of this label answer one prompt: they borrow from everybody.
-            order += [index for index in range(len(made)) if index not in set(order)]
-        for place, index in enumerate(order):
-            if made[index].replies[0].label is label:
-                ahead = (order[(place + step) % len(order)] for step in range(1, len(order) + 1))
-                partner[index] = next((other for other in ahead if clusters[other] != clusters[index]), index)
-    return [
-        replace(unit, replies=(unit.replies[0], replace(made[other].replies[0], role="mismatched")))
-        for unit, other in zip(made, partner, strict=True)
-    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ class Sizer:
         if not self._asked or not self.settings.keep_apart:
             return load(settings).records
         records = load(settings.model_copy(update={"max_rows": None})).records
-        return exclude(records, {"the evaluation": self._asked}, settings.exclude_near, Accounting())[: settings.max_rows]
+        return list(islice(exclude(records, {"the evaluation": self._asked}, settings.exclude_near, Accounting()), settings.max_rows))
 
     def _tokenizer(self, name: str) -> Any:
         if name not in self._tokenizers:
