@@ -20,8 +20,10 @@ import hashlib
 import re
 import unicodedata
 import zipfile
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +43,8 @@ _CELLS = 4_000_000  # most (row, row) cells looked at in one go: keeps memory fl
 _ROLE = re.compile(r"^\s*(?:human|user|assistant|system|ai)\s*:", re.IGNORECASE | re.MULTILINE)
 # Scripts written without spaces are cut into characters; everything else into runs of letters and digits.
 _WORD = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+_ASCII_WORD = re.compile(r"[a-z0-9]+")
+_AT_ONCE = 2000  # prompts hashed in one go
 _FIELDS = {
     "exact": np.uint64,
     "words": np.int32,
@@ -71,6 +75,8 @@ def conversation_text(messages: Iterable[Message]) -> str:
 
 def fold(text: str) -> list[str]:
     """The words of a text after folding case, punctuation, white space and role markers."""
+    if text.isascii():  # the same words, four times as fast
+        return _ASCII_WORD.findall(_ROLE.sub("\n", text).lower())
     return _WORD.findall(unicodedata.normalize("NFKC", _ROLE.sub("\n", text)).casefold())
 
 
@@ -96,22 +102,31 @@ class PromptPrints:
     @classmethod
     def of(cls, prompts: Iterable[str]) -> PromptPrints:
         """Prints of prompts (whole conversations as text; see `conversation_text`)."""
-        known: dict[str, int] = {}
-        exact: list[int] = []
-        counts: list[int] = []
-        words: list[NDArray[np.uint32]] = []
-        grams: list[NDArray[np.uint32]] = []
+        prompts, known = iter(prompts), _Hashes()
+        parts = []
+        while some := list(islice(prompts, _AT_ONCE)):
+            parts.append(cls._of(some, known))
+        return parts[0] if len(parts) == 1 else cls.merge(parts) if parts else cls._of([], known)
+
+    @classmethod
+    def _of(cls, prompts: Sequence[str], known: _Hashes) -> PromptPrints:
+        exact, counts, flat = array("Q"), array("i"), array("Q")
         for prompt in prompts:
             folded = fold(prompt)
             exact.append(_hash(" ".join(folded)))
             counts.append(len(folded))
-            for word in folded:
-                if word not in known:
-                    known[word] = _hash(word)
-            hashes = np.fromiter((known[word] for word in folded), dtype=np.uint64, count=len(folded))
-            words.append(_distinct(hashes) if len(folded) < 2 * SHORT else _NONE)
-            grams.append(_distinct(_three_grams(hashes)) if len(folded) >= SHORT else _NONE)
-        return cls(np.asarray(exact, dtype=np.uint64), np.asarray(counts, dtype=np.int32), *_flat(words), *_flat(grams))
+            flat.extend(map(known.__getitem__, folded))
+        hashes, sizes = np.array(flat, dtype=np.uint64), np.array(counts, dtype=np.int32)
+        row = np.repeat(np.arange(len(sizes)), sizes)
+        few = sizes[row] < 2 * SHORT
+        inside = (row[2:] == row[:-2]) & (sizes[row[2:]] >= SHORT)
+        grams = _three_grams(hashes)[inside]
+        return cls(
+            np.array(exact, dtype=np.uint64),
+            sizes,
+            *_distinct(row[few], hashes[few], len(sizes)),
+            *_distinct(row[2:][inside], grams, len(sizes)),
+        )
 
     @classmethod
     def merge(cls, parts: Iterable[PromptPrints]) -> PromptPrints:
@@ -241,7 +256,12 @@ class _Shingles:
         return csr_array((ones, place[known], cuts), shape=(len(self.starts) - 1, len(vocabulary)))
 
 
-_NONE = np.zeros(0, dtype=np.uint32)
+class _Hashes(dict[str, int]):
+    """Word → hash, made once."""
+
+    def __missing__(self, word: str) -> int:
+        self[word] = made = _hash(word)
+        return made
 
 
 def _best(row: NDArray[Any], column: NDArray[Any], similarity: NDArray[Any]) -> list[Overlap]:
@@ -262,15 +282,12 @@ def _three_grams(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
         return (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
 
 
-def _distinct(hashes: NDArray[np.uint64]) -> NDArray[np.uint32]:
-    """Sorted distinct upper halves: 32 bits are plenty for a similarity, and halve the file."""
-    return np.unique((hashes >> np.uint64(32)).astype(np.uint32))
-
-
-def _flat(rows: Sequence[NDArray[np.uint32]]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
-    """Ragged rows as (starts, values)."""
-    starts = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)]).astype(np.int64)
-    return starts, np.concatenate(rows) if rows else _NONE
+def _distinct(row: NDArray[np.int64], hashes: NDArray[np.uint64], rows: int) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+    """Each row's sorted distinct upper halves as (starts, values): 32 bits are plenty for a similarity, and halve the file."""
+    keys = np.unique((row.astype(np.uint64) << np.uint64(32)) | (hashes >> np.uint64(32)))
+    starts = np.zeros(rows + 1, dtype=np.int64)
+    np.cumsum(np.bincount((keys >> np.uint64(32)).astype(np.int64), minlength=rows), out=starts[1:])
+    return starts, keys.astype(np.uint32)
 
 
 def _arrays(paths: Iterable[Path], name: str) -> Iterator[NDArray[Any]]:

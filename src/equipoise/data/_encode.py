@@ -27,6 +27,7 @@ class Encoder:
         self.renderer = Renderer(tokenizer, settings)
         self.style = self.renderer.style
         self.ends = frozenset(int(tokenizer.convert_tokens_to_ids(text)) for text in self.renderer.special_texts)
+        self._ids = _Fast(tokenizer)
         self._before: list[int] = []
         self._between: list[int] = []
         self._after: list[int] = []
@@ -55,7 +56,7 @@ class Encoder:
     def prompts(self, conversations: Sequence[Conversation]) -> list[tuple[str, list[int]] | None]:
         """(text, ids) of each prompt, reply cue included; None where the chat template refuses it."""
         texts = self.renderer.prompts(conversations)
-        encoded = iter(_plain_ids(self.tokenizer, [text for text in texts if text is not None]))
+        encoded = iter(self._ids([text for text in texts if text is not None]))
         return [None if text is None else (text, [*self._before, *next(encoded), *self._between]) for text in texts]
 
     def replies(self, conversations: Sequence[Conversation], prompts: Sequence[str], replies: Sequence[str]) -> list[list[int]]:
@@ -124,13 +125,13 @@ class Encoder:
     def _continuations(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts that continue another text: without the space some tokenizers put in front of every text."""
         if not self._adds_space:
-            return _plain_ids(self.tokenizer, texts)
+            return self._ids(texts)
         length = len(self._anchor_ids)
-        anchored = _plain_ids(self.tokenizer, [_ANCHOR + text for text in texts])
+        anchored = self._ids([_ANCHOR + text for text in texts])
         alone = [index for index, ids in enumerate(anchored) if ids[:length] != self._anchor_ids]
         result = [ids[length:] for ids in anchored]
         # A first token that swallows the anchor cannot be told apart from it; such a text is tokenised as it stands.
-        for index, ids in zip(alone, _plain_ids(self.tokenizer, [texts[index] for index in alone]), strict=True):
+        for index, ids in zip(alone, self._ids([texts[index] for index in alone]), strict=True):
             result[index] = ids
         return result
 
@@ -142,6 +143,37 @@ def _plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)
     ids: list[list[int]] = encoded["input_ids"]
     return ids
+
+
+class _Fast:
+    """`_plain_ids` without the offsets, masks and dictionaries a tokenizer's call makes beside the ids: twice as fast.
+
+    Straight from the Rust tokenizer, where there is one, it gave the same ids for a probe, and it is set as a call would set it.
+    """
+
+    PROBE = ("a", " b\n\nc", "naïve 東京 🙂  x\t1234", "")
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._encode = getattr(backend, "encode_batch_fast", None)
+        if self._encode is not None:
+            probe = [*self.PROBE, *tokenizer.all_special_tokens]
+            probe += [f"a{text}b {text} c" for text in tokenizer.all_special_tokens]
+            called = _plain_ids(tokenizer, probe)
+            if not self._as_called() or [one.ids for one in self._encode(probe, add_special_tokens=False)] != called:
+                self._encode = None
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        if self._encode is None or not texts or not self._as_called():
+            return _plain_ids(self._tokenizer, texts)
+        return [one.ids for one in self._encode(list(texts), add_special_tokens=False)]
+
+    def _as_called(self) -> bool:
+        """Whether nobody has left truncation, padding or another treatment of special tokens behind; a call puts them right."""
+        backend = self._tokenizer.backend_tokenizer
+        plain = backend.truncation is None and backend.padding is None
+        return plain and backend.encode_special_tokens == bool(getattr(self._tokenizer, "split_special_tokens", False))
 
 
 def _frame(tokenizer: Any, texts: tuple[str, ...]) -> tuple[list[int], list[int], list[int]]:

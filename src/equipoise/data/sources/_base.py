@@ -116,8 +116,10 @@ def text(values: Mapping[str, Any], name: str) -> str:
         raise Excluded(f"{name!r} is {kind_of(value)}, not text")
     if "\0" in value:
         raise Excluded("NUL character in the text")
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise Excluded("half a surrogate pair in the text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise Excluded("half a surrogate pair in the text") from error
     return value
 
 
