@@ -75,7 +75,7 @@ def conversation_text(messages: Iterable[Message]) -> str:
 
 def fold(text: str) -> list[str]:
     """The words of a text after folding case, punctuation, white space and role markers."""
-    if text.isascii():  # the same words, four times as fast
+    if text.isascii():  # the same words, by a simpler pattern
         return _ASCII_WORD.findall(_ROLE.sub("\n", text).lower())
     return _WORD.findall(unicodedata.normalize("NFKC", _ROLE.sub("\n", text)).casefold())
 

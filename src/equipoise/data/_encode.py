@@ -146,7 +146,7 @@ def _plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 class _Fast:
-    """`_plain_ids` without the offsets, masks and dictionaries a tokenizer's call makes beside the ids: twice as fast.
+    """`_plain_ids` without the offsets, masks and dictionaries a tokenizer's call makes beside the ids.
 
     Straight from the Rust tokenizer, where there is one, it gave the same ids for a probe, and it is set as a call would set it.
     """
