@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from equipoise.core.errors import UsageError
-from equipoise.study._cost import Machine, forward_flops, parameters_of, readable, train_flops
+from equipoise.study._cost import forward_flops, parameters_of, readable, train_flops
 from equipoise.study._graph import build_graph
 from equipoise.study.plan import check_budget, plan_study
 from equipoise.study.settings import StudySettings, bundled, load_study
+from equipoise.training.machine import Machine
 
 MACHINE = Machine("cpu", float32=1e9, bfloat16=2e9)
 

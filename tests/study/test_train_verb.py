@@ -52,6 +52,8 @@ def test_a_plan_trains_nothing(arguments, tmp_path, capsys):
     plan = json.loads(capsys.readouterr().out)
     assert plan["streams"][0]["rows"] == 12
     assert plan["steps"] == 3
+    assert plan["fits"]
+    assert plan["memory"]["peak"] == max(plan["memory"]["moments"].values())
     assert not (tmp_path / "run").exists()
 
 
@@ -69,3 +71,12 @@ def test_an_objective_file_is_used(arguments, tmp_path, capsys):
     file.write_text(OWN, encoding="utf-8")
     assert main([*arguments, "--objective-file", str(file)]) == 0
     assert json.loads(capsys.readouterr().out)["results"]["train_loss"] == pytest.approx(2.0)
+
+
+def test_a_plan_that_does_not_fit_is_exit_code_1_with_ways_out(arguments, monkeypatch, capsys):
+    monkeypatch.setattr("equipoise.training.machine.memory_at_hand", lambda device: 1_000_000)
+    assert main([*arguments, "--plan"]) == 1
+    told = capsys.readouterr()
+    assert not json.loads(told.out)["fits"]
+    assert "0.0 GB are at hand" in told.err
+    assert "gradient_checkpointing=true" in told.err

@@ -80,6 +80,7 @@ def report(
 def _show(planned: dict[str, Any]) -> None:
     """The plan as tables for people."""
     from equipoise.study._cost import readable
+    from equipoise.training.machine import gigabytes
 
     rows = [
         (
@@ -90,10 +91,11 @@ def _show(planned: dict[str, Any]) -> None:
             _count(row["pairs"], True),
             _count(row["tokens"], row["counted"] or row["stage"] != "train"),
             readable(row["seconds"]),
+            None if row["memory"] is None else gigabytes(row["memory"]),
         )
         for row in planned["stages"]
     ]
-    table(f"Study {planned['study']}", ("stage", "name", "seed", "arms", "rows", "tokens", "time"), rows)
+    table(f"Study {planned['study']}", ("stage", "name", "seed", "arms", "rows", "tokens", "time", "peak memory"), rows)
     budget = planned["budget"]
     if budget["arms"]:
         units = ("pairs", "tokens", "flops")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +21,7 @@ def run(
     config: Config = None,
     overrides: Set = None,
     output_dir: OutputDir = None,
-    plan: Annotated[bool, typer.Option("--plan", help="print rows, tokens, steps and estimated time, and train nothing")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="print rows, tokens, steps, estimated memory and time, and train nothing")] = False,
     objective_file: Annotated[str | None, typer.Option("--objective-file", help="a Python file with your own objective")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -29,6 +30,7 @@ def run(
 
     Example: equipoise train --set model_name_or_path=smollm2-135m-instruct --set streams.0.objective.name=sft
     """
+    from equipoise.core.progress import say
     from equipoise.core.settings import read_yaml
     from equipoise.training.settings import StreamSettings, TrainSettings
 
@@ -41,7 +43,11 @@ def run(
     settings = TrainSettings.make(values, overrides or (), config or "")
     objective = _objective(objective_file)
     if plan:
-        _show(planned(settings, objective), as_json)
+        found = planned(settings, objective)
+        _show(found, as_json)
+        if found["problem"]:
+            say(found["problem"])
+            raise typer.Exit(1)
         return
     from equipoise.training.fit import fit
 
@@ -55,11 +61,13 @@ def run(
 
 
 def planned(settings: TrainSettings, objective: Objective | None = None) -> dict[str, Any]:
-    """What a training stage would do: rows and tokens of every stream, steps, FLOPs, and seconds on this machine."""
+    """What a training stage would do: rows and tokens of every stream, steps, FLOPs, peak memory and seconds on this machine."""
     from equipoise.models.load import load_tokenizer
     from equipoise.objectives._load import build
     from equipoise.study import _cost
     from equipoise.training._rows import make_streams
+    from equipoise.training.estimate import Estimator, does_not_fit
+    from equipoise.training.machine import measure
 
     objectives = [build(stream.objective) for stream in settings.streams]
     if objective is not None:
@@ -68,17 +76,27 @@ def planned(settings: TrainSettings, objective: Objective | None = None) -> dict
     batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     rows = [len(given.rows) for given in train]
     units = float(settings.max_steps * batch) if settings.max_steps > 0 else rows[0] * settings.num_train_epochs
-    steps = settings.max_steps if settings.max_steps > 0 else round(-(-rows[0] // batch) * settings.num_train_epochs)
-    head = objectives[0].needs.readout == "logps"
-    parameters = _cost.parameters_of(settings.model_name_or_path, head=head) or 0
+    steps = settings.max_steps if settings.max_steps > 0 else math.ceil(-(-rows[0] // batch) * settings.num_train_epochs)
+    readout = objectives[0].needs.readout
+    parameters = _cost.parameters_of(settings.model_name_or_path, head=readout == "logps") or 0
     streams, flops = [], 0.0
     for stream, given, method in zip(settings.streams, train, objectives, strict=True):
         tokens = units * sum(row.tokens for row in given.rows) / len(given.rows)
         flops += _cost.train_flops(parameters, tokens, settings.use_peft, method.needs.reference != "none")
         streams.append({"name": stream.name, "objective": dict(stream.objective), "rows": len(given.rows), "tokens": round(tokens)})
-    peak = _cost.measure().peak("bfloat16" if settings.bf16 else settings.dtype)
-    seconds = _cost.LOAD_SECONDS + flops / (peak * _cost.TRAIN_SHARE)
-    return {"streams": streams, "steps": steps, "flops": flops, "seconds": round(seconds, 1)}
+    lengths = [[(len(row.prompt), tuple(len(branch.ids) for branch in row.branches)) for row in given.rows] for given in train]
+    machine = measure()
+    found = Estimator(settings, lengths, machine, readout, [method.needs.reference for method in objectives]).estimate()
+    fits = not machine.memory or found.memory.peak <= machine.memory
+    return {
+        "streams": streams,
+        "steps": steps,
+        "flops": flops,
+        **found.as_json(),
+        "fits": fits,
+        "problem": None if fits else does_not_fit(found.memory, machine, settings),
+        "machine": machine.as_json(),
+    }
 
 
 def _objective(path: str | None) -> Objective | None:
@@ -94,7 +112,13 @@ def _show(plan: dict[str, Any], as_json: bool) -> None:
         emit_json(plan)
         return
     from equipoise.study._cost import readable
+    from equipoise.training.machine import gigabytes
 
     rows = [(stream["name"], stream["objective"].get("name"), stream["rows"], f"{stream['tokens']:,}") for stream in plan["streams"]]
     table("Streams", ("stream", "objective", "rows", "tokens"), rows)
-    line(f"{plan['steps']} steps, {plan['flops']:.3g} FLOPs, about {readable(plan['seconds'])}")
+    memory = plan["memory"]
+    parts = [(name, gigabytes(size)) for name, size in memory["parts"].items()]
+    table(f"Memory of the largest micro-batch ({plan['token_budget']} tokens, {plan['form']} rows)", ("part", "size"), parts)
+    line(f"peak memory: about {gigabytes(memory['peak'])} (at its {memory['moment']}); at hand: {gigabytes(plan['machine']['memory'])}")
+    split = f"reference {readable(plan['reference_seconds'])}, training {readable(plan['train_seconds'])}"
+    line(f"{plan['steps']} steps, {plan['flops']:.3g} FLOPs, about {readable(plan['seconds'])} ({split})")

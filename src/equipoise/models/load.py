@@ -163,6 +163,11 @@ def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrai
     return tokenizer
 
 
+def load_config(name: str | Path, trust_remote_code: bool = False) -> Any:
+    """The config of a model folder or hub name: its shape, without its weights."""
+    return _load(AutoConfig, resolve_model(name), trust_remote_code=trust_remote_code)
+
+
 def load_causal(
     name: str | Path,
     dtype: DType = "float32",

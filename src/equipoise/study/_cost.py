@@ -9,12 +9,9 @@ are rough elsewhere, and a run corrects its estimate by what its own stages took
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from equipoise.core import assets
 from equipoise.core.files import read_json
@@ -29,51 +26,6 @@ LOAD_SECONDS = 3.0
 """Seconds to load a model and start a stage, whatever it does."""
 _SIZE = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([MmBb])(?![A-Za-z0-9])")
 _MINILM = 10_700_000  # without its embeddings
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Measured matrix products, in FLOPs a second."""
-
-    device: str
-    float32: float
-    bfloat16: float
-
-    def peak(self, dtype: str) -> float:
-        """FLOPs a second in this dtype."""
-        return self.bfloat16 if dtype == "bfloat16" else self.float32
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain data for the lock file."""
-        return asdict(self)
-
-
-def measure(size: int = 512, seconds: float = 0.2) -> Machine:
-    """Time a square matrix product of `size` for about `seconds` in each dtype, on the GPU where there is one."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        size *= 16
-
-    def rate(dtype: torch.dtype) -> float:
-        left = torch.ones(size, size, dtype=dtype, device=device)
-
-        def once() -> None:
-            left @ left
-            if device == "cuda":
-                torch.cuda.synchronize()
-
-        # The fastest of several: what else runs on the machine right now is not part of its speed.
-        best, count, end = float("inf"), 0, time.perf_counter() + seconds
-        while count < 20 or time.perf_counter() < end:
-            count += 1
-            start = time.perf_counter()
-            once()
-            best = min(best, time.perf_counter() - start)
-        return 2.0 * size**3 / best
-
-    return Machine(device, rate(torch.float32), rate(torch.bfloat16))
 
 
 def parameters_of(name: str, expected: Mapping[str, float] | None = None, head: bool = True) -> int | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from equipoise.core.prints import PromptPrints
 from equipoise.core.records import Record
@@ -20,7 +20,11 @@ from equipoise.study._cost import local_folder
 from equipoise.study._graph import Node
 from equipoise.study._prompts import is_at_hand, study_prompts
 from equipoise.study.settings import StudySettings
+from equipoise.training.machine import Machine
 from equipoise.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from equipoise.training.estimate import Estimate
 
 CHARACTERS_A_TOKEN = 4.2
 """English text under the usual byte-pair vocabularies; used where the tokenizer is not at hand."""
@@ -28,11 +32,15 @@ CHARACTERS_A_TOKEN = 4.2
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows of a data block and the unique tokens of one pass over them; counted, or expected."""
+    """Rows of a data block and the unique tokens of one pass over them; counted, or expected.
+
+    lengths: (P, (T1..TK)) of every row, where they were counted.
+    """
 
     rows: int
     tokens: float
     counted: bool
+    lengths: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,7 @@ class Sizer:
         self.notes: list[str] = []
         self._records: dict[tuple[str, bool], list[Record] | None] = {}
         self._sizes: dict[tuple[Any, ...], Sizes | None] = {}
+        self._estimates: dict[tuple[Any, ...], Estimate] = {}
         self._tokenizers: dict[str, Any] = {}
         self._asked: PromptPrints | None = None
 
@@ -71,7 +80,26 @@ class Sizer:
         known = [part for part in parts if part is not None]
         if len(known) < len(parts):
             return None
-        return Sizes(sum(part.rows for part in known), sum(part.tokens for part in known), all(part.counted for part in known))
+        counted = all(part.counted for part in known)
+        lengths = tuple(row for part in known for row in part.lengths) if counted else ()
+        return Sizes(sum(part.rows for part in known), sum(part.tokens for part in known), counted, lengths)
+
+    def estimate(self, node: Node, sizes: Sequence[Sizes], machine: Machine) -> Estimate | None:
+        """Memory and time of a training stage, where its model's config and its rows are here; equal recipes are estimated once."""
+        from equipoise.objectives._load import build
+        from equipoise.training.estimate import Estimator
+
+        recipe = self.recipe(node)
+        if local_folder(recipe.model_name_or_path) is None or not all(size.lengths for size in sizes):
+            return None
+        objectives = [build(stream.objective) for stream in node.streams]
+        references = tuple(objective.needs.reference for objective in objectives)
+        ignored = {"seed", "output_dir", "learning_rate"}
+        key = (recipe.model_dump_json(exclude=ignored), references, tuple(hash(size.lengths) for size in sizes))
+        if key not in self._estimates:
+            lengths = [size.lengths for size in sizes]
+            self._estimates[key] = Estimator(recipe, lengths, machine, objectives[0].needs.readout, references).estimate(quick=True)
+        return self._estimates[key]
 
     def axes(self, prompts: Sequence[Prompt] | None) -> dict[str, AxisSizes]:
         """Prompts and their tokens for each axis; sources that are not at hand count with their limit. To be asked first."""
@@ -120,7 +148,8 @@ class Sizer:
             self._note(f"The tokenizer of {recipe.model_name_or_path} is not here: tokens are estimated from characters.")
             return Sizes(len(records), sum(_characters(record, needs.roles) for record in records) / CHARACTERS_A_TOKEN, counted=False)
         rows, _ = tokenise(records, self._tokenizer(recipe.model_name_or_path), recipe.tokenise, needs.roles, needs.facts)
-        return Sizes(len(rows), float(sum(prompt + sum(replies) for prompt, replies in rows.lengths())), counted=True)
+        lengths = tuple((int(prompt), tuple(int(reply) for reply in replies)) for prompt, replies in rows.lengths())
+        return Sizes(len(rows), float(sum(prompt + sum(replies) for prompt, replies in lengths)), True, lengths)
 
     def _load(self, block: str, trained: bool) -> list[Record] | None:
         key = (block, trained)

@@ -13,6 +13,7 @@ from equipoise.study import _cost
 from equipoise.study._graph import Graph, Node, build_graph
 from equipoise.study._sizes import AxisSizes, Sizer, Sizes, detectable_differences
 from equipoise.study.settings import StudySettings
+from equipoise.training.machine import Machine, measure
 
 _BUDGETS = {"pairs": "pairs", "tokens": "tokens", "flops": "FLOPs"}
 
@@ -22,7 +23,7 @@ class StagePlan:
     """One stage: what it reads and what it will take. None: not known before the data or the model is here.
 
     units: pairs or rows seen, repetitions counted. tokens: unique tokens trained on, generated or scored.
-    counted: whether rows and tokens were counted on the real data (else estimated).
+    counted: whether rows and tokens were counted on the real data (else estimated). memory: peak bytes of a training stage.
     """
 
     node: Node
@@ -32,6 +33,7 @@ class StagePlan:
     flops: float | None = None
     seconds: float | None = None
     counted: bool = False
+    memory: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -46,6 +48,7 @@ class StagePlan:
             "flops": self.flops,
             "seconds": None if self.seconds is None else round(self.seconds, 1),
             "counted": self.counted,
+            "memory": self.memory,
         }
 
 
@@ -55,7 +58,7 @@ class StudyPlan:
 
     settings: StudySettings
     graph: Graph
-    machine: _cost.Machine
+    machine: Machine
     stages: tuple[StagePlan, ...]
     prompts: Mapping[str, int]
     spent: Mapping[str, Mapping[str, float | None]]
@@ -87,7 +90,7 @@ class StudyPlan:
         }
 
 
-def plan_study(settings: StudySettings, prompts: Sequence[Prompt] | None = None, machine: _cost.Machine | None = None) -> StudyPlan:
+def plan_study(settings: StudySettings, prompts: Sequence[Prompt] | None = None, machine: Machine | None = None) -> StudyPlan:
     """Plan a study without training or downloading anything.
 
     Args:
@@ -98,7 +101,7 @@ def plan_study(settings: StudySettings, prompts: Sequence[Prompt] | None = None,
     Tokens are counted on the real data with the real tokenizer where both are on this machine, and estimated from
     `expected` otherwise. Raises UsageError for settings that cannot work, such as an objective's hyper-parameter.
     """
-    machine = machine or _cost.measure()
+    machine = machine or measure()
     graph = build_graph(settings)
     sizer = Sizer(settings)
     axes = sizer.axes(prompts)
@@ -119,7 +122,7 @@ def check_budget(plan: StudyPlan) -> None:
 
 
 def _plan_stage(
-    node: Node, arms: tuple[str, ...], settings: StudySettings, sizer: Sizer, axes: Mapping[str, AxisSizes], machine: _cost.Machine
+    node: Node, arms: tuple[str, ...], settings: StudySettings, sizer: Sizer, axes: Mapping[str, AxisSizes], machine: Machine
 ) -> StagePlan:
     if node.kind == "train":
         return _plan_training(node, arms, settings, sizer, machine)
@@ -155,7 +158,7 @@ def _plan_stage(
     return StagePlan(node, arms, prompts, asked + new, flops, seconds)
 
 
-def _plan_training(node: Node, arms: tuple[str, ...], settings: StudySettings, sizer: Sizer, machine: _cost.Machine) -> StagePlan:
+def _plan_training(node: Node, arms: tuple[str, ...], settings: StudySettings, sizer: Sizer, machine: Machine) -> StagePlan:
     """Rows, tokens and FLOPs of a training stage: every stream gives as many units a step as the first."""
     recipe = sizer.recipe(node)
     sizes: list[Sizes | None] = [sizer.block(stream.data, node, stream.objective) for stream in node.streams]
@@ -178,6 +181,9 @@ def _plan_training(node: Node, arms: tuple[str, ...], settings: StudySettings, s
         _cost.train_flops(parameters, units * size.tokens / size.rows, recipe.use_peft, sizer.needs_reference(stream.objective))
         for size, stream in zip(known, node.streams, strict=True)
     )
+    estimate = sizer.estimate(node, known, machine)
+    if estimate is not None:
+        return StagePlan(node, arms, units * len(known), tokens, flops, estimate.seconds, counted, estimate.memory.peak)
     peak = machine.peak("bfloat16" if recipe.bf16 else recipe.dtype)
     return StagePlan(node, arms, units * len(known), tokens, flops, _cost.LOAD_SECONDS + flops / (peak * _cost.TRAIN_SHARE), counted)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -43,7 +43,10 @@ class TrainSettings(Settings):
     max_steps: int = Field(default=-1, ge=-1, description="optimizer steps; -1: as many as the epochs take")
     per_device_train_batch_size: int = Field(default=8, ge=1, description="units (pairs, rows) per device and accumulation step")
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="multiplies the batch, as in transformers; never cuts memory")
-    token_budget: int = Field(default=2048, ge=1, description="tokens of a micro-batch; cuts the batch, never changes the recipe")
+    token_budget: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default=2048,
+        description="tokens of a micro-batch; cuts the batch, never changes the recipe; auto: as many as fit in memory and help",
+    )
     shuffle: bool = Field(default=True, description="a fresh order each epoch; off: the data's order")
 
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="dtype of the weights")

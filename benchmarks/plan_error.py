@@ -1,0 +1,185 @@
+"""How far the estimate of `equipoise train --plan` is from what a run takes: peak memory and time, on this CPU.
+
+    OMP_NUM_THREADS=1 EQUIPOISE_DATA=path/to/data python benchmarks/plan_error.py --only full-512 --only lora-1024
+
+Each setting runs in a process of its own, for an honest peak of resident memory: two optimizer steps of DPO on real pairs
+(HH, from $EQUIPOISE_DATA/hh-harmless-base), after that process has measured its own speed. Memory is the process's
+largest resident size over its whole life; time is CPU seconds of the reference pass and the steps, so that what else the
+machine does counts little (run it with one thread). The estimate knows settings and row lengths only. Prints one JSON
+object; logs go to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "full-512": {"token_budget": 512},
+    "full-1024": {"token_budget": 1024},
+    "full-2048": {"token_budget": 2048},
+    "full-bfloat16-1024": {"token_budget": 1024, "dtype": "bfloat16"},
+    "full-autocast-1024": {"token_budget": 1024, "bf16": True},
+    "full-checkpointing-1024": {"token_budget": 1024, "gradient_checkpointing": True},
+    "full-checkpointing-2048": {"token_budget": 2048, "gradient_checkpointing": True},
+    "lora-512": {"token_budget": 512, "use_peft": True},
+    "lora-1024": {"token_budget": 1024, "use_peft": True},
+    "lora-2048": {"token_budget": 2048, "use_peft": True},
+    "lora-checkpointing-2048": {"token_budget": 2048, "use_peft": True, "gradient_checkpointing": True},
+}
+MODEL = "smollm2-135m-instruct"
+
+
+def settings_of(name: str, rows: int, steps: int, folder: str) -> Any:
+    """The run of one setting: `steps` optimizer steps over `rows` pairs."""
+    from equipoise.training.settings import TrainSettings
+
+    pairs = Path(os.environ["EQUIPOISE_DATA"]) / "hh-harmless-base" / "pairs.jsonl.gz"
+    return TrainSettings.make(
+        {
+            "model_name_or_path": MODEL,
+            "output_dir": f"{folder}/run",
+            "reference_store": f"{folder}/store",
+            "streams": [{"data": {"dataset_name": str(pairs), "max_rows": rows}, "objective": {"name": "dpo"}}],
+            "tokenise": {"max_length": 512},
+            "per_device_train_batch_size": rows // steps,
+            "max_steps": steps,
+            "learning_rate": 1e-6,
+            **SETTINGS[name],
+        }
+    )
+
+
+def largest_resident() -> int:
+    """Bytes of resident memory at this process's worst moment so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def run_one(name: str, rows: int, steps: int, folder: str) -> dict[str, Any]:
+    """In a process of its own: measure the machine, train, and say what it took."""
+    from transformers import TrainerCallback
+
+    from equipoise.training.fit import fit
+    from equipoise.training.machine import measure
+
+    class CpuOfSteps(TrainerCallback):
+        """CPU seconds inside optimizer steps, and the largest resident size until training began and until its last step."""
+
+        seconds = 0.0
+        start = 0.0
+        before = 0
+        after = 0
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.before = largest_resident()
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.start = time.process_time()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.seconds += time.process_time() - self.start
+            self.after = largest_resident()
+
+    imported = largest_resident()
+    speed = measure(seconds=1.0, clock=time.process_time)
+    steps_cpu = CpuOfSteps()
+    start = time.process_time()
+    done = fit(settings_of(name, rows, steps, folder), callbacks=[steps_cpu])
+    cost = done.results["cost"]
+    return {
+        "machine": speed.as_json(),
+        "form": done.results["form"],
+        "tokens": cost["unique_tokens"],
+        "imported": imported,
+        "peak_before_training": steps_cpu.before,
+        "peak_after_steps": steps_cpu.after,
+        "peak": largest_resident(),
+        "train_seconds": steps_cpu.seconds,
+        "reference_seconds": cost["reference_seconds"],
+        "all_seconds": time.process_time() - start,
+    }
+
+
+def compare(name: str, rows: int, steps: int) -> dict[str, Any]:
+    """Estimate one setting, then run it; errors in percent of what was measured, positive where too much was estimated."""
+    from equipoise.models.load import load_tokenizer
+    from equipoise.objectives._load import build
+    from equipoise.training._rows import make_streams
+    from equipoise.training.estimate import Estimator
+    from equipoise.training.machine import Machine
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = settings_of(name, rows, steps, folder)
+        objective = build(settings.streams[0].objective)
+        train, _ = make_streams(settings, [objective], load_tokenizer(MODEL), None, None)
+        lengths = [(len(row.prompt), tuple(len(branch.ids) for branch in row.branches)) for row in train[0].rows]
+        started = time.process_time()
+        estimator = Estimator(settings, [lengths], Machine("cpu", 1.0, 1.0, 1.0))
+        memory = estimator.estimate().memory
+        took = time.process_time() - started
+        words = [sys.executable, __file__, "--child", name, "--rows", str(rows), "--steps", str(steps), "--folder", folder]
+        result = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+        measured = json.loads(result.stdout.strip().splitlines()[-1])
+        estimator.machine = Machine(**measured["machine"])
+        estimate = estimator.estimate()
+    seconds, spent = estimate.train_seconds + estimate.reference_seconds, measured["train_seconds"] + measured["reference_seconds"]
+    return {
+        "setting": name,
+        "memory_error_percent": round(100 * (memory.peak / measured["peak"] - 1), 1),
+        "time_error_percent": round(100 * (seconds / spent - 1), 1),
+        "estimate": estimate.as_json(),
+        "measured": measured,
+        "estimate_cpu_seconds": round(took, 2),
+    }
+
+
+def main() -> None:
+    """Compare every setting asked for and print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", action="append", choices=sorted(SETTINGS), help="settings to compare (default: all)")
+    parser.add_argument("--rows", type=int, default=12, help="pairs")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps over them")
+    parser.add_argument("--child", choices=sorted(SETTINGS), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.child:
+        print(json.dumps(run_one(chosen.child, chosen.rows, chosen.steps, chosen.folder)))
+        return
+    import torch
+
+    results = []
+    for name in chosen.only or list(SETTINGS):
+        results.append(compare(name, chosen.rows, chosen.steps))
+        last = results[-1]
+        print(f"{name}: memory {last['memory_error_percent']:+} %, time {last['time_error_percent']:+} %", file=sys.stderr)
+    packages = ("torch", "transformers", "peft", "accelerate")
+    report = {
+        "schema_version": 1,
+        "command": shlex.join(sys.argv),
+        "machine": {"platform": platform.platform(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "model": MODEL,
+        "pairs": chosen.rows,
+        "steps": chosen.steps,
+        "worst": {
+            "memory_error_percent": max(abs(row["memory_error_percent"]) for row in results),
+            "time_error_percent": max(abs(row["time_error_percent"]) for row in results),
+        },
+        "results": results,
+    }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

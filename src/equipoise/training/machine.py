@@ -1,0 +1,96 @@
+"""What this machine has to give: memory at hand, and measured speeds of matrix products and of memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+_CGROUP = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Measured speeds and free memory.
+
+    device: cpu or cuda. float32, bfloat16: matrix products in that dtype, FLOPs a second. bandwidth: bytes a second read
+    and written. memory: bytes that a training process may take, 0 where that is not known.
+    """
+
+    device: str
+    float32: float
+    bfloat16: float
+    bandwidth: float = 1e10
+    memory: int = 0
+
+    def peak(self, dtype: str) -> float:
+        """FLOPs a second in this dtype."""
+        return self.bfloat16 if dtype == "bfloat16" else self.float32
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for the lock file."""
+        return asdict(self)
+
+
+def measure(size: int = 512, seconds: float = 0.2, clock: Callable[[], float] = time.perf_counter) -> Machine:
+    """Time a square matrix product of `size` for about `seconds` in each dtype, on the GPU where there is one."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        size *= 16
+
+    def best_of(once: Callable[[], Any]) -> float:
+        # The fastest of several: what else runs on the machine right now is not part of its speed.
+        best, count, end = float("inf"), 0, time.perf_counter() + seconds
+        while count < 20 or time.perf_counter() < end:
+            count += 1
+            start = clock()
+            once()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            best = min(best, clock() - start)
+        return best
+
+    def rate(dtype: torch.dtype) -> float:
+        left = torch.ones(size, size, dtype=dtype, device=device)
+        return 2.0 * size**3 / best_of(lambda: left @ left)
+
+    # Far larger than any cache; a product reads two and writes one.
+    left, right, out = (torch.ones(16 * 2**20 if device == "cuda" else 2**21, device=device) for _ in range(3))
+    bandwidth = 3.0 * left.nbytes / best_of(lambda: torch.mul(left, right, out=out))
+    return Machine(device, rate(torch.float32), rate(torch.bfloat16), bandwidth, memory_at_hand(device))
+
+
+def memory_at_hand(device: str) -> int:
+    """Bytes that this process may have in all: free ones and its own, under the limit of its container. A GPU's are its free ones."""
+    if device == "cuda":
+        import torch
+
+        # What torch has reserved and does not use serves the run too.
+        return int(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+    import psutil  # type: ignore[import-untyped]  # comes with accelerate
+
+    own = int(psutil.Process().memory_info().rss)
+    free = int(psutil.virtual_memory().available)
+    return min([free, *_cgroup_free()]) + own
+
+
+def _cgroup_free(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Free bytes under the memory limit of this container, where there is one."""
+    free = []
+    for limit, used in _CGROUP:
+        try:
+            top, now = (root / limit).read_text().strip(), (root / used).read_text().strip()
+        except OSError:
+            continue
+        if top.isdigit():  # v2 says "max" for none; v1 says a number no machine has
+            free.append(int(top) - int(now))
+    return free
+
+
+def gigabytes(size: float) -> str:
+    """'3.1 GB', with 10⁹ bytes to the gigabyte."""
+    return f"{size / 1e9:.1f} GB"
