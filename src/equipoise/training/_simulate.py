@@ -228,7 +228,7 @@ def _without_weights(settings: TrainSettings, readout: str, config: Any) -> Any:
     if settings.gradient_checkpointing:
         # transformers is renaming it, and warns whenever the old name is spoken.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable({"use_reentrant": False})
     return model
 
 
