@@ -90,7 +90,9 @@ def run_one(name: str, rows: int, steps: int, folder: str) -> dict[str, Any]:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.seconds += time.process_time() - self.start
             self.after = largest_resident()
-            print(f"{name}: {self.before / 1e9:.2f} GB before training, {self.after / 1e9:.2f} GB after a step", file=sys.stderr, flush=True)
+            print(
+                f"{name}: {self.before / 1e9:.2f} GB before training, {self.after / 1e9:.2f} GB after a step", file=sys.stderr, flush=True
+            )
 
     imported = largest_resident()
     speed = measure(seconds=1.0, clock=time.process_time)

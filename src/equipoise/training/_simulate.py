@@ -51,11 +51,11 @@ class Footprint:
     forward_moved: float
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts bytes of the storages that live, by their birth and death, and the work of every operation inside the block."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self.flops = self.moved = 0.0
         self._known: dict[int, weakref.ref[Any]] = {}
@@ -155,7 +155,7 @@ class Simulation:
             kept = ledger.live - grads
             forward = ledger.flops, ledger.moved
             if training:
-                values.sum().backward()
+                values.sum().backward()  # type: ignore[no-untyped-call]
         for parameter in trained:
             parameter.grad = None
         return Footprint(batch.tokens, kept, ledger.peak, ledger.flops, ledger.moved, *forward)
