@@ -206,7 +206,8 @@ class Estimator:
         largest = max(parameter.nbytes for parameter in trained)
         before = library + weights
         moments = {
-            "load": library + 2 * weights,
+            # Weights are read into their place: no second copy was seen (plan_error.py, lora-512: 1.29 GB until training began).
+            "load": before,
             "start check": before + self._check_bytes(),
             "training step": before + state + int(share * step.peak),
             # Adam's update of a weight makes two temporaries of its size.
