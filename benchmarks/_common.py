@@ -5,6 +5,7 @@ Standard library only at import time, so that a benchmark decides what is loaded
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -98,10 +99,8 @@ def summary(values: Sequence[float], digits: int = 3) -> dict[str, float]:
 
 def reset_peak_rss() -> None:
     """Let `peak_rss_mb` count from now (Linux); elsewhere it stays the peak since the process began."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def peak_rss_mb() -> float:

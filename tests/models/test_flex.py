@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from equipoise.models import _flex, attention
 from equipoise.models.attention import NAME, RowMask, attention_of, register
 from equipoise.models.batch import Span, pack
-from equipoise.models.logps import policy_logps
+from equipoise.models.logps import head_of, policy_logps
 from tests.tiny import FAMILIES, row, tiny
 
 register()
@@ -147,6 +147,9 @@ def test_one_mask_serves_all_layers(flex_on_cpu: list[tuple[int, ...]], monkeypa
         warnings.simplefilter("ignore", FutureWarning)
         model.gradient_checkpointing_enable({"use_reentrant": False})
     with attention_of(model, NAME):
+        head_of(model, pack(ROWS))  # its probe runs the layers once a model
+        flex_on_cpu.clear()
+        made.clear()
         policy_logps(model, pack(ROWS)).sum().backward()
     assert len(flex_on_cpu) == 4, "two layers, forward and recomputed"
     assert sorted(made, key=str) == [8, None]

@@ -161,7 +161,7 @@ def test_a_row_that_does_not_fit_is_said_before_the_start_with_ways_out(tmp_path
     tiny().save_pretrained(base)
     tokenizer().save_pretrained(base)
     run = TrainSettings(model_name_or_path=str(base), output_dir=str(tmp_path / "run"), token_budget="auto", max_steps=1)
-    monkeypatch.setattr("equipoise.training.fit.memory_at_hand", lambda device: LIBRARY_BYTES["cpu"])
+    monkeypatch.setattr("equipoise.training.estimate.memory_at_hand", lambda device: LIBRARY_BYTES["cpu"])
     with pytest.raises(UsageError, match=r"at hand.*gradient_checkpointing=true.*use_peft=true.*dtype=bfloat16.*8bit.*max_length"):
         fit(run, train_dataset=preference_dicts(4))
     assert not (tmp_path / "run" / "model").exists()

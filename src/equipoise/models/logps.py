@@ -56,12 +56,13 @@ def token_logps(logits: Tensor, target: Tensor) -> Tensor:
     return TokenLogps.apply(logits, target)  # type: ignore[no-untyped-call]
 
 
-def policy_logps(model: Any, batch: PackedBatch) -> Tensor:
+def policy_logps(model: Any, batch: PackedBatch, head: Head | None = None) -> Tensor:
     """Log-probs of every reply token. Returns [N, T], float32, 0 where a reply has no token.
 
     `model` is the wrapped model (DDP, PEFT, autocast), so its forward hooks run; the head runs inside that forward.
+    head: None takes the one that serves this model.
     """
-    chunked = head_of(model, batch) == "chunked"
+    chunked = (head or head_of(model, batch)) == "chunked"
     values = _chunked(model, batch) if chunked else token_logps(_logits(model, batch), batch.target)
     empty = torch.zeros(batch.mask.shape, dtype=values.dtype, device=values.device)
     return empty.index_put((batch.branch, batch.offset), values)

@@ -25,6 +25,7 @@ from equipoise.core.errors import UsageError
 from equipoise.data.rows import Branch, TokenRow
 from equipoise.models.attention import NAME, attention_of, register
 from equipoise.models.batch import Form, PackedBatch, pack
+from equipoise.models.heads import can_replace
 from equipoise.models.load import base_of, is_adapter, load_config, resolve_model
 from equipoise.models.logps import policy_logps, scores, takes_logits_to_keep, token_logps, unwrapped
 from equipoise.training._model import autocast_for, make_trainable
@@ -163,8 +164,10 @@ class Simulation:
     def _values(self, batch: PackedBatch) -> torch.Tensor:
         if self.readout == "score":
             return scores(self.model, batch)
-        if batch.padding is None:
-            return policy_logps(self.model, batch)
+        # Without numbers the chunked head cannot be checked against the model's own: it is taken where it can be put in.
+        chunked = can_replace(unwrapped(self.model).get_output_embeddings())
+        if chunked or batch.padding is None:
+            return policy_logps(self.model, batch, "chunked" if chunked else "logits")
         # Which columns hold replies is data, and there is none: the head runs on as many as there could be.
         columns = min(batch.ids.shape[1], len(batch.source))
         inputs = {"input_ids": batch.ids, "attention_mask": batch.padding.long(), "use_cache": False}

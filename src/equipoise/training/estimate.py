@@ -15,14 +15,15 @@ from functools import cached_property
 from typing import Any
 
 from equipoise.core.errors import UsageError
+from equipoise.core.progress import say
 from equipoise.data.plan import MicroBatch, Planner
 from equipoise.models.batch import Form
 from equipoise.models.logps import unwrapped
+from equipoise.training._ranks import Ranks
 from equipoise.training._simulate import Footprint, Lengths, Simulation
-from equipoise.training.machine import Machine, gigabytes
+from equipoise.training.machine import Machine, gigabytes, memory_at_hand
 from equipoise.training.settings import TrainSettings
 
-# Measured by benchmarks/plan_error.py with SmolLM2-135M on two cores (torch 2.13, glibc); to be fitted again when the engine changes.
 LIBRARY_BYTES = {"cpu": 700_000_000, "cuda": 0}
 """Resident after importing torch, transformers, PEFT and the Trainer. A GPU's context is taken before its free memory is read."""
 ALLOCATOR_SHARE = {"cpu": 1.0, "cuda": 1.05}
@@ -293,6 +294,22 @@ class Estimator:
         if key not in self._seen:
             self._seen[key] = self.simulation.run(rows, self.form, accumulate=accumulate)
         return self._seen[key]
+
+
+def with_budget(
+    settings: TrainSettings, lengths: Sequence[Sequence[Lengths]], readout: str, device: str, ranks: Ranks, model: Any
+) -> TrainSettings:
+    """These settings with the token budget that fits in memory in place of `auto`, the same on every rank (all share one plan).
+
+    Raises UsageError where not even the longest row fits.
+    """
+    memory = memory_at_hand(device) // (ranks.size if device == "cpu" else 1)
+    config = None if model is None else unwrapped(model).config
+    estimator = Estimator(settings, lengths, Machine(device, 1.0, 1.0, memory=memory), readout, world_size=ranks.size, config=config)
+    estimator.check()
+    budget = min(ranks.gather(estimator.budget()))
+    say(f"token_budget=auto: {budget} tokens a micro-batch ({gigabytes(memory)} of memory at hand)")
+    return settings.model_copy(update={"token_budget": budget})
 
 
 def optimizer_bytes(optim: str, trained: Sequence[Any]) -> int:

@@ -44,8 +44,7 @@ from equipoise.training._ranks import Ranks, on_cpu
 from equipoise.training._rows import Rows, checked_streams, make_streams, shared_rows
 from equipoise.training._streams import Forward, Stream
 from equipoise.training.checkpoints import CompleteMark, newest_complete
-from equipoise.training.estimate import Estimator
-from equipoise.training.machine import Machine, gigabytes, memory_at_hand
+from equipoise.training.estimate import with_budget
 from equipoise.training.settings import TrainSettings
 from equipoise.training.sharding import check_accelerate, shard
 from equipoise.training.start_check import check_scores, choose_form
@@ -150,7 +149,9 @@ class _Fit:
         if device.type == "cpu":
             keep_freed_memory()
         by_accelerate = check_accelerate(device)
-        self._choose_budget(model, arguments)
+        if self.settings.token_budget == "auto":
+            lengths = [stream.lengths for stream in self.streams]
+            self.settings = with_budget(self.settings, lengths, self.readout, device.type, self.ranks, model)
         torch.manual_seed(self.settings.seed)
         policy = load_policy(self.settings, self.readout, device) if model is None else model
         policy, fresh = make_trainable(policy, self.settings, self.readout)
@@ -209,30 +210,6 @@ class _Fit:
         prints = [rows.prints for rows in [*self.given, *self.given_dev] if rows is not None]
         if all(item is not None for item in prints):
             PromptPrints.merge([item for item in prints if item is not None]).save(self.folder / "trained_on.npz")
-
-    def _choose_budget(self, model: Any, arguments: TrainingArguments) -> None:
-        """Where the token budget is `auto`: the one that fits in memory, the same on every rank (all share one plan)."""
-        if self.settings.token_budget != "auto":
-            return
-        device, ranks = arguments.device.type, arguments.world_size
-        here = ranks if device == "cpu" else 1
-        machine = Machine(device, 1.0, 1.0, memory=memory_at_hand(device) // here)
-        estimator = Estimator(
-            self.settings,
-            [stream.lengths for stream in self.streams],
-            machine,
-            self.readout,
-            world_size=ranks,
-            config=None if model is None else unwrapped(model).config,
-        )
-        estimator.check()
-        budget = estimator.budget()
-        if ranks > 1:
-            everyone: list[Any] = [None] * ranks
-            torch.distributed.all_gather_object(everyone, budget)
-            budget = min(everyone)
-        say(f"token_budget=auto: {budget} tokens a micro-batch ({gigabytes(machine.memory)} of memory at hand)")
-        self.settings = self.settings.model_copy(update={"token_budget": budget})
 
     def _start_check(self, policy: Any, device: torch.device) -> Forward:
         autocast = autocast_for(self.settings, device)
