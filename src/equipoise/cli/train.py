@@ -65,10 +65,12 @@ def planned(settings: TrainSettings, objective: Objective | None = None) -> dict
     from equipoise.models.load import load_tokenizer
     from equipoise.objectives._load import build
     from equipoise.study import _cost
+    from equipoise.training._preflight import check_recipe
     from equipoise.training._rows import make_streams
     from equipoise.training.estimate import Estimator, does_not_fit
     from equipoise.training.machine import measure
 
+    check_recipe(settings)
     objectives = [build(stream.objective) for stream in settings.streams]
     if objective is not None:
         objectives[0] = objective

@@ -33,6 +33,7 @@ from equipoise.core import assets
 from equipoise.core.errors import EquipoiseError, UsageError, nearest
 from equipoise.core.files import read_json, write_json
 from equipoise.core.progress import console, say
+from equipoise.models.quantised import FourBit, quantised_tensors, settle
 
 DType = Literal["float32", "bfloat16", "auto"]
 DTYPES: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
@@ -176,6 +177,7 @@ def load_causal(
     adapter: str | Path | None = None,
     trainable: bool = False,
     trust_remote_code: bool = False,
+    four_bit: FourBit | None = None,
 ) -> PreTrainedModel:
     """A causal language model in eval mode; with its adapter on top (a `PeftModel`) where `name` or `adapter` is one.
 
@@ -187,6 +189,7 @@ def load_causal(
         adapter: a PEFT adapter folder to put on `name`.
         trainable: whether the adapter's weights ask for gradients.
         trust_remote_code: run code that ships with the model. Off unless you trust its authors.
+        four_bit: quantise the weights of its linear layers while they load (needs bitsandbytes).
     """
     resolved = resolve_model(name)
     if is_adapter(resolved):
@@ -194,8 +197,14 @@ def load_causal(
             raise UsageError(f"{name} is itself an adapter; it cannot carry a second one ({adapter}).")
         adapter, resolved = resolved, resolve_model(base_of(resolved))
     model = _load_with_attention(
-        AutoModelForCausalLM, resolved, attn_implementation, dtype=_dtype(dtype), trust_remote_code=trust_remote_code
+        AutoModelForCausalLM,
+        resolved,
+        attn_implementation,
+        dtype=_dtype(dtype),
+        trust_remote_code=trust_remote_code,
+        **_quantising(four_bit, device),
     )
+    settle(model)
     if adapter is not None:
         model = _with_adapter(model, resolve_model(adapter), trainable)
     model = model.to(_device(device))
@@ -212,6 +221,7 @@ def load_sequence_classifier(
     attn_implementation: str = "sdpa",
     seed: int = 0,
     trust_remote_code: bool = False,
+    four_bit: FourBit | None = None,
 ) -> PreTrainedModel:
     """A sequence classifier in eval mode: a reward model (num_labels=1) or any `AutoModelForSequenceClassification` checkpoint.
 
@@ -239,7 +249,9 @@ def load_sequence_classifier(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=from_backbone,
+            **_quantising(four_bit, device),
         )
+    settle(model)
     fresh = {*info["missing_keys"], *(item[0] for item in info.get("mismatched_keys", ()))}
     if fresh and not from_backbone:
         raise UsageError(f"{name} is incomplete: it lacks {', '.join(sorted(fresh)[:4])}.")
@@ -301,6 +313,11 @@ def _load(kind: Any, resolved: str, **arguments: Any) -> Any:
         ) from error
 
 
+def _quantising(four_bit: FourBit | None, device: str | torch.device | None) -> dict[str, Any]:
+    """Arguments of `from_pretrained`. Weights are quantised where they will stay, one after the other, so the whole model never exists."""
+    return {} if four_bit is None else {"quantization_config": four_bit.config(), "device_map": {"": _device(device)}}
+
+
 @functools.cache
 def _hub_answers() -> bool:
     return assets.hub_reachable()
@@ -358,11 +375,12 @@ def weights_fingerprint(model: torch.nn.Module, skip_adapters: bool = True) -> s
     """16 hex digits of the SHA-256 over every parameter and buffer: name, dtype, shape, bytes.
 
     With `skip_adapters`, LoRA weights are left out and PEFT's wrapping is undone in the names, so a model and the same
-    model under an adapter agree. Buffers count because rotary frequencies change log-probs as weights do.
+    model under an adapter agree. Buffers count because rotary frequencies change log-probs as weights do, and so do the
+    scales of a quantised weight.
     About a second for 135 M float32 parameters on one core; tied weights are read once.
     """
     digest = hashlib.sha256()
-    tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    tensors = {**dict(model.named_buffers()), **dict(model.named_parameters()), **quantised_tensors(model)}
     if skip_adapters:
         tensors = {_plain_name(name): tensor for name, tensor in tensors.items() if _plain_name(name)}
     for name, tensor in sorted(tensors.items()):

@@ -16,6 +16,7 @@ from equipoise.data.rows import TokenRow
 from equipoise.models.attention import NAME, attention_of, register
 from equipoise.models.load import is_adapter, load_causal, load_sequence_classifier, renaming_is_known, resolve_model, weights_fingerprint
 from equipoise.models.logps import unwrapped
+from equipoise.models.quantised import FourBit, compute_dtypes, is_quantised, settle
 from equipoise.reference.build import build, check
 from equipoise.reference.key import Context
 from equipoise.reference.store import ReferenceStore
@@ -56,11 +57,26 @@ def model_identity(settings: TrainSettings, model: Any) -> str:
 def load_policy(settings: TrainSettings, readout: str, device: torch.device) -> Any:
     """The start model of a run, on the device; on the CPU where it is cut afterwards, as it may fit no single device whole."""
     device = torch.device("cpu") if settings.fsdp else device
+    bits = four_bit(settings)
     if readout == "score":
         return load_sequence_classifier(
-            settings.model_name_or_path, from_backbone=True, dtype=settings.dtype, device=device, seed=settings.seed
+            settings.model_name_or_path, from_backbone=True, dtype=settings.dtype, device=device, seed=settings.seed, four_bit=bits
         )
-    return load_causal(settings.model_name_or_path, dtype=settings.dtype, device=device, trainable=settings.use_peft)
+    return load_causal(settings.model_name_or_path, dtype=settings.dtype, device=device, trainable=settings.use_peft, four_bit=bits)
+
+
+def four_bit(settings: TrainSettings) -> FourBit | None:
+    """How the settings want the base quantised; None: not at all."""
+    if not settings.load_in_4bit:
+        return None
+    compute = settings.bnb_4bit_compute_dtype or ("bfloat16" if settings.bf16 else settings.dtype)
+    return FourBit(settings.bnb_4bit_quant_type, settings.bnb_4bit_use_double_quant, compute)
+
+
+def forward_dtype(settings: TrainSettings, model: Any) -> str:
+    """The dtypes of a model's forward pass, as the reference store's context names them."""
+    weights = "/4bit-".join([settings.dtype, *compute_dtypes(model)])
+    return f"autocast-bfloat16/{weights}" if settings.bf16 else weights
 
 
 def make_trainable(model: Any, settings: TrainSettings, readout: str) -> tuple[Any, bool]:
@@ -69,6 +85,7 @@ def make_trainable(model: Any, settings: TrainSettings, readout: str) -> tuple[A
     A model that already carries an adapter goes on training that one (use_peft) or has it merged in (full fine-tuning).
     """
     fresh = False
+    settle(model)
     if settings.use_peft and not hasattr(model, "peft_config"):
         from peft import LoraConfig, get_peft_model
 
@@ -85,6 +102,8 @@ def make_trainable(model: Any, settings: TrainSettings, readout: str) -> tuple[A
             model = get_peft_model(model, adapter)
         fresh = True
     elif not settings.use_peft:
+        if is_quantised(model):
+            raise UsageError("A quantised model cannot be trained itself, only adapters on it: set use_peft=true.")
         if hasattr(model, "merge_and_unload"):
             model = model.merge_and_unload()
         for parameter in model.parameters():
@@ -152,7 +171,8 @@ def fill_store(
     reference = model
     if settings.reference_model is not None:
         register()
-        reference = load_causal(settings.reference_model, dtype=settings.dtype, device="cpu" if settings.fsdp else device)
+        where = torch.device("cpu") if settings.fsdp else device
+        reference = load_causal(settings.reference_model, dtype=settings.dtype, device=where, four_bit=four_bit(settings))
         adapter_off = nullcontext
         identity = ranks.first(lambda: reference_identity(reference, fresh_adapter=False))
         if settings.fsdp and ranks.size > 1:
@@ -162,8 +182,7 @@ def fill_store(
         form, report = choose_form(reference, rows, settings.attention, device, autocast)
         tolerance = stored_tolerance(report)
     assert identity is not None
-    dtype = f"autocast-bfloat16/{settings.dtype}" if settings.bf16 else settings.dtype
-    context = Context(*identity, dtype, f"{form}/{device.type}")
+    context = Context(*identity, forward_dtype(settings, reference), f"{form}/{device.type}")
     store = ReferenceStore(root, context)
     # No rank may start writing before all have listed what is missing: they deal out one and the same list.
     ranks.wait()

@@ -40,6 +40,7 @@ from equipoise.training._model import (
     reference_identity,
     stored_tolerance,
 )
+from equipoise.training._preflight import check_recipe
 from equipoise.training._ranks import Ranks, on_cpu
 from equipoise.training._rows import Rows, checked_streams, make_streams, shared_rows
 from equipoise.training._streams import Forward, Stream
@@ -84,6 +85,7 @@ def fit(
     Raises:
         UsageError, DataError: settings or rows that cannot work. NumericsError: the start check failed, or a loss is not finite.
     """
+    check_recipe(settings)
     objectives = [build(stream.objective) for stream in settings.streams]
     if objective is not None:
         objectives[0] = objective if isinstance(objective, Objective) else from_callable(objective, needs)
@@ -325,8 +327,8 @@ class _Fit:
 
     def _arguments(self) -> TrainingArguments:
         settings = self.settings
-        # Named only when wanted: transformers is renaming it, and warns whenever the old name is spoken.
-        recompute: dict[str, Any] = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        # transformers is renaming it, and warns whenever the old name is spoken.
+        recompute = "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
         return TrainingArguments(
             output_dir=str(self.folder / "checkpoints"),
             per_device_train_batch_size=1,
@@ -356,7 +358,7 @@ class _Fit:
             ddp_find_unused_parameters=False,
             use_cpu=on_cpu(),
             disable_tqdm=True,
-            **(recompute if settings.gradient_checkpointing else {}),
+            **({recompute: True, f"{recompute}_kwargs": {"use_reentrant": False}} if settings.gradient_checkpointing else {}),
         )
 
     def _save(self, trainer: PreferenceTrainer) -> None:
@@ -376,7 +378,7 @@ class _Fit:
 
         FLOPs are counted as 2 a weight and token forward, 2 backward for activations, 2 more where weights have gradients.
         """
-        total = sum(parameter.numel() for parameter in policy.parameters())
+        total = unwrapped(policy).num_parameters()  # 4-bit weights lie two to a byte, and are counted as two
         trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
         spent = trainer.spent()
         cost = {

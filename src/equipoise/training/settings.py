@@ -38,7 +38,7 @@ class TrainSettings(Settings):
     max_grad_norm: float = Field(default=1.0, ge=0, description="clip the gradient's norm; 0: never")
     adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's first moment decay")
     adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's second moment decay")
-    optim: str = Field(default="adamw_torch_fused", description="a transformers optimizer name")
+    optim: str = Field(default="adamw_torch_fused", description="a transformers optimizer name; adamw_bnb_8bit keeps its state in 8 bits")
     num_train_epochs: float = Field(default=1.0, gt=0, description="passes over the first stream")
     max_steps: int = Field(default=-1, ge=-1, description="optimizer steps; -1: as many as the epochs take")
     per_device_train_batch_size: int = Field(default=8, ge=1, description="units (pairs, rows) per device and accumulation step")
@@ -52,6 +52,12 @@ class TrainSettings(Settings):
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="dtype of the weights")
     bf16: bool = Field(default=False, description="bfloat16 autocast over float32 weights")
     use_peft: bool = Field(default=False, description="train LoRA instead of all weights")
+    load_in_4bit: bool = Field(default=False, description="hold the base in 4 bits under LoRA (QLoRA); a reference_model as well")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field(default="nf4", description="the 4-bit number format")
+    bnb_4bit_use_double_quant: bool = Field(default=False, description="quantise the scales of the 4-bit weights too")
+    bnb_4bit_compute_dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None, description="dtype of the products with 4-bit weights; None: bfloat16 with bf16, else that of the other weights"
+    )
     lora_r: int = Field(default=16, ge=1, description="LoRA rank")
     lora_alpha: int = Field(default=32, ge=1, description="LoRA scale numerator")
     lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="LoRA dropout")

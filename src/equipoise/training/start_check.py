@@ -21,6 +21,7 @@ from equipoise.data.rows import TokenRow
 from equipoise.models.attention import NAME, attention_of, register
 from equipoise.models.batch import Form, pack
 from equipoise.models.logps import policy_logps, scores, token_logps, unwrapped
+from equipoise.models.quantised import in_low_precision
 
 Tensor = torch.Tensor
 FLOAT32_TOLERANCE = 1e-4
@@ -56,7 +57,7 @@ def choose_form(
     try:
         probes = probe_rows(rows, _window(model))
         native = _native(model, probes, device, autocast)
-        low = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in model.parameters()) or autocast is not nullcontext
+        low = in_low_precision(model) or autocast is not nullcontext
         distance, tolerance = _furthest, FLOAT32_TOLERANCE
         if low:
             distance = _typical
@@ -99,7 +100,7 @@ def check_scores(model: Any, rows: Sequence[TokenRow], device: torch.device, aut
     finally:
         model.train(was_training)
     difference = _furthest(together, alone)
-    low = autocast is not nullcontext or any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    low = in_low_precision(model) or autocast is not nullcontext
     tolerance = 5e-2 if low else 1e-3
     if not difference <= tolerance:
         raise NumericsError(
