@@ -190,7 +190,7 @@ def trl_run(task: dict[str, Any]) -> dict[str, Any]:
         num_train_epochs=1,
         max_length=task["max_length"],
         learning_rate=RATE,
-        warmup_ratio=0.1,
+        warmup_steps=0.1,  # below 1 a share of the steps, in transformers 5
         logging_steps=1,
         train_sampling_strategy="sequential",
         bf16=False,
