@@ -17,9 +17,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,11 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-from _side import machine, peak_memory_gib, run_side, versions
+import _common as common
 
-SCHEMA_VERSION = 1
 RATE = 5e-7
 
 
@@ -53,7 +49,8 @@ def main() -> None:
         return
     if options.rows < options.batch or len(options.betas) < 2:
         parser.error("a sweep takes two values of beta or more, and at least one full batch of rows")
-    print(json.dumps(sweep(options), indent=None if options.json else 2))
+    settings = {name: value for name, value in vars(options).items() if name not in ("task", "json")} | {"learning_rate": RATE}
+    common.report("sweep", settings, sweep(options), one_line=options.json)
 
 
 def sweep(options: argparse.Namespace) -> dict[str, Any]:
@@ -74,13 +71,20 @@ def sweep(options: argparse.Namespace) -> dict[str, Any]:
                     "cache": str(folder / "cache" / (f"{side}-{number}" if side == "no_store" else side)),
                     **{key: getattr(options, key) for key in ("model", "batch", "max_length", "lora", "trl_micro_batch")},
                 }
-                runs[side].append(run_side(__file__, task, folder / "result.json"))
+                runs[side].append(run_side(task, folder / "result.json"))
                 shutil.rmtree(task["output"], ignore_errors=True)  # a model each
                 line = runs[side][-1]
                 print(f"{side}, beta {beta}: {line['seconds']:.1f} s, reference {line['reference_seconds']:.1f} s", file=sys.stderr)
-    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    head = {"schema_version": SCHEMA_VERSION, "benchmark": "sweep", "command": command, "machine": machine(), "versions": versions()}
-    return head | {"data": data, "settings": vars(options) | {"task": None, "learning_rate": RATE}, **compared(runs)}
+    return {"data": data, **compared(runs)}
+
+
+def run_side(task: dict[str, Any], result: Path) -> dict[str, Any]:
+    """One run in a process of its own, whose output goes to stderr, and the seconds the whole process took."""
+    start = time.perf_counter()
+    command = [sys.executable, __file__, "--task", json.dumps(task | {"result": str(result)})]
+    if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
+        raise SystemExit(f"{task['side']} failed; see above.")
+    return json.loads(result.read_text()) | {"process_seconds": round(time.perf_counter() - start, 3)}
 
 
 def compared(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -102,21 +106,14 @@ def compared(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 def write_rows(count: int, path: Path) -> str:
     """The first pairs in TRL's conversational columns, for all sides. Returns the name of their source."""
-    from equipoise.data.load import load
-    from equipoise.data.settings import DataSettings
-
-    given = Path(os.environ.get("EQUIPOISE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-    hh = given / "hh-harmless-base" / "pairs.jsonl.gz"
-    records = load(DataSettings(dataset_name=str(hh) if hh.is_file() else "starter", max_rows=count)).records
-    if len(records) < count:
-        raise SystemExit(f"Only {len(records)} pairs are at hand, {count} were asked for.")
+    name, records = common.preference_records(count)
     with path.open("w") as stream:
         for record in records:
             row: dict[str, Any] = {"prompt": [message.as_dict() for message in record.prompt]}
             for reply in record.replies:
                 row[reply.role] = [{"role": "assistant", "content": reply.text}]
             stream.write(json.dumps(row) + "\n")
-    return "hh-harmless-base" if hh.is_file() else "starter"
+    return name
 
 
 # ---- one run, in its own process
@@ -127,7 +124,7 @@ def work(task: dict[str, Any]) -> None:
     side = trl_run if task["side"] == "trl" else our_run
     with contextlib.redirect_stdout(sys.stderr):
         found = side(task)
-    Path(task["result"]).write_text(json.dumps(found | {"beta": task["beta"], "peak_memory_gib": peak_memory_gib()}))
+    Path(task["result"]).write_text(json.dumps(found | {"beta": task["beta"], "peak_rss_mb": common.peak_rss_mb()}))
 
 
 @contextlib.contextmanager

@@ -11,8 +11,8 @@ import torch
 
 from equipoise.data.plan import Planner
 from equipoise.models.attention import NAME, attention_of, register
-from equipoise.models.batch import Form
-from equipoise.models.logps import unwrapped
+from equipoise.models.batch import Form, pack
+from equipoise.models.logps import head_of, unwrapped
 from equipoise.objectives._load import build
 from equipoise.reference.build import build as build_store
 from equipoise.reference.key import Context
@@ -55,6 +55,7 @@ def policy(lora: bool, dropout: float, family: str = "llama") -> Any:
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
                     parameter.normal_(std=0.1)
+    head_of(model, pack(pairs(1), "padded"))  # which probes a new model once: its layers would be counted
     return model
 
 

@@ -30,6 +30,7 @@ from equipoise.models.load import load_tokenizer
 from equipoise.models.logps import unwrapped
 from equipoise.objectives._base import Losses, Needs, Objective, Scored
 from equipoise.objectives._load import build, from_callable
+from equipoise.training._arguments import training_arguments
 from equipoise.training._heap import keep_freed_memory
 from equipoise.training._model import (
     autocast_for,
@@ -41,7 +42,7 @@ from equipoise.training._model import (
     stored_tolerance,
 )
 from equipoise.training._preflight import check_recipe
-from equipoise.training._ranks import Ranks, on_cpu
+from equipoise.training._ranks import Ranks
 from equipoise.training._rows import Rows, checked_streams, make_streams, shared_rows
 from equipoise.training._streams import Forward, Stream
 from equipoise.training.checkpoints import CompleteMark, newest_complete
@@ -146,7 +147,7 @@ class _Fit:
     def run(self, model: Any) -> Mapping[str, Any]:
         """Load, check, build the reference, train, save. Returns the stage's results."""
         self._write_provenance()
-        arguments = self._arguments()
+        arguments = training_arguments(self.settings, self.folder, dev=bool(self.dev))
         device = arguments.device
         if device.type == "cpu":
             keep_freed_memory()
@@ -323,42 +324,6 @@ class _Fit:
             shared=forward.form == "packed",
             padded=forward.form == "padded",
             world_size=self.ranks.size,
-        )
-
-    def _arguments(self) -> TrainingArguments:
-        settings = self.settings
-        # transformers is renaming it, and warns whenever the old name is spoken.
-        recompute = "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
-        return TrainingArguments(
-            output_dir=str(self.folder / "checkpoints"),
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=1,
-            num_train_epochs=settings.num_train_epochs,
-            max_steps=settings.max_steps,
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type=settings.lr_scheduler_type,
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            adam_beta1=settings.adam_beta1,
-            adam_beta2=settings.adam_beta2,
-            optim=settings.optim,
-            logging_steps=settings.logging_steps,
-            logging_nan_inf_filter=False,
-            eval_strategy=("steps" if settings.eval_steps else "epoch") if self.dev else "no",
-            eval_steps=settings.eval_steps or None,
-            save_strategy="steps" if settings.save_steps else settings.save_strategy,
-            save_steps=settings.save_steps or 500,
-            save_total_limit=settings.save_total_limit,
-            load_best_model_at_end=settings.load_best_model_at_end and bool(self.dev),
-            metric_for_best_model="loss",
-            greater_is_better=False,
-            report_to=settings.report_to,
-            seed=settings.seed,
-            remove_unused_columns=False,
-            ddp_find_unused_parameters=False,
-            use_cpu=on_cpu(),
-            disable_tqdm=True,
-            **({recompute: True, f"{recompute}_kwargs": {"use_reentrant": False}} if settings.gradient_checkpointing else {}),
         )
 
     def _save(self, trainer: PreferenceTrainer) -> None:
