@@ -47,6 +47,7 @@ class PackedBatch:
     source, target, branch, offset: int64 [R]; position whose logits predict, token predicted, and where its
     log-prob goes in [N, T]. source indexes the flattened ids.
     unit, role: int64 [N]; mask: bool [N, T], the `learn` marks. facts: float64 [N] by name. row_ids: one per unit.
+    sides: role → int64 [U], the branch of each unit with it; only roles that every unit has once, with tokens to learn.
     """
 
     ids: Tensor
@@ -62,21 +63,29 @@ class PackedBatch:
     role: Tensor
     mask: Tensor
     facts: Mapping[str, Tensor]
+    sides: Mapping[str, Tensor]
     row_ids: tuple[str, ...]
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device."""
         moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=True)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), torch.Tensor)
+            field.name: to_device(value, device) for field in fields(self) if isinstance(value := getattr(self, field.name), torch.Tensor)
         }
-        return replace(self, **moved, facts={name: value.to(device) for name, value in self.facts.items()})
+        for name in ("facts", "sides"):
+            moved[name] = {key: to_device(value, device) for key, value in getattr(self, name).items()}
+        return replace(self, **moved)
 
     @property
     def tokens(self) -> int:
         """Positions the model runs on, padding included."""
         return self.ids.numel()
+
+
+def to_device(value: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on another device; to a GPU from pinned memory, so that the copy does not hold up the host."""
+    if torch.device(device).type == "cuda" and value.device.type == "cpu":
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
 
 
 def pack(rows: Sequence[TokenRow], form: Form = "packed", pad_id: int = 0) -> PackedBatch:
@@ -151,8 +160,21 @@ def _branches(rows: Sequence[TokenRow]) -> dict[str, Any]:
         "unit": _tensor(np.repeat(np.arange(len(rows)), [len(row.branches) for row in rows])),
         "role": _tensor(np.array([REPLY_ROLES.index(branch.role) for branch in branches])),
         "mask": torch.from_numpy(mask),
+        "sides": {role: side for role in {branch.role for branch in branches} if (side := _side(rows, role)) is not None},
         "facts": {name: torch.tensor([branch.facts.get(name, np.nan) for branch in branches], dtype=torch.float64) for name in names},
     }
+
+
+def _side(rows: Sequence[TokenRow], role: str) -> Tensor | None:
+    """[U] branch numbers of this role; None where a row has it not exactly once, or with nothing to learn."""
+    found, first = [], 0
+    for row in rows:
+        mine = [number for number, branch in enumerate(row.branches) if branch.role == role]
+        if len(mine) != 1 or not row.branches[mine[0]].marks["learn"].any():
+            return None
+        found.append(first + mine[0])
+        first += len(row.branches)
+    return _tensor(np.array(found))
 
 
 def _tensor(values: np.ndarray) -> Tensor:

@@ -48,6 +48,8 @@ class Scored:
 
     Log-probs are in nats, float32 or float64; `mask` is 1 where the objective may look. `unit` numbers units from 0;
     `role` indexes `equipoise.core.records.REPLY_ROLES`. NaN in facts is missing.
+    sides: role → [U] indices of the branches that have it, in unit order, where the batch was planned that way; then no
+    value has to be read back from the device to find a side, or to know that its replies have tokens to learn.
     """
 
     policy: Tensor | None
@@ -58,6 +60,8 @@ class Scored:
     stats: Mapping[str, Tensor] = field(default_factory=dict)
     score: Tensor | None = None
     facts: Mapping[str, Tensor] = field(default_factory=dict)
+    sides: Mapping[str, Tensor] = field(default_factory=dict)
+    planned: bool = False
 
     def __post_init__(self) -> None:
         shape = self.mask.shape
@@ -77,6 +81,8 @@ class Scored:
 
     def side(self, role: str) -> Scored:
         """The branches with this role, one per unit, in unit order: [U, T]. Raises DataError where a unit has none or two."""
+        if role in self.sides:
+            return replace(self._take(self.sides[role]), planned=True)
         index = torch.nonzero(self.role == REPLY_ROLES.index(role), as_tuple=True)[0]
         order = index[torch.argsort(self.unit[index], stable=True)]
         if not torch.equal(self.unit[order], torch.arange(self.units, device=self.unit.device)):
@@ -125,7 +131,7 @@ class Scored:
     def lengths(self) -> Tensor:
         """[N] tokens each reply is judged on. Raises DataError where one has none."""
         lengths = self.mask.sum(1)
-        if bool((lengths == 0).any()):
+        if not self.planned and bool((lengths == 0).any()):
             raise DataError("A reply has no token to learn from (its mask is empty).")
         return lengths
 

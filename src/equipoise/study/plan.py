@@ -184,7 +184,7 @@ def _plan_training(node: Node, arms: tuple[str, ...], settings: StudySettings, s
     estimate = sizer.estimate(node, known, machine)
     if estimate is not None:
         return StagePlan(node, arms, units * len(known), tokens, flops, estimate.seconds, counted, estimate.memory.peak)
-    peak = machine.peak("bfloat16" if recipe.bf16 else recipe.dtype)
+    peak = machine.rate(recipe.dtype, recipe.bf16)
     return StagePlan(node, arms, units * len(known), tokens, flops, _cost.LOAD_SECONDS + flops / (peak * _cost.TRAIN_SHARE), counted)
 
 

@@ -186,7 +186,7 @@ def fill_store(
     store = ReferenceStore(root, context)
     # No rank may start writing before all have listed what is missing: they deal out one and the same list.
     ranks.wait()
-    assert isinstance(settings.token_budget, int), "auto was resolved when the run began"
+    assert isinstance(settings.token_budget, int), "decided when the run began"
     known = [row for row in rows[:CHECKED_ROWS] if not store.missing([row])]
     with adapter_off(), nullcontext() if form == "padded" else attention_of(unwrapped(reference), NAME):
         if known:

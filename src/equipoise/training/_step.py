@@ -57,6 +57,7 @@ class StepRunner:
         ]
         cotangents, random_state = self._coupled(model, micro_batches)
         total = torch.zeros((), device=self.forward.device, dtype=torch.float32)
+        seen: list[tuple[MicroBatch, Tensor]] = []
         for number, micro in enumerate(micro_batches):
             stream = self.streams[micro.stream]
             with self.sync(number == len(micro_batches) - 1):
@@ -71,11 +72,12 @@ class StepRunner:
                 else:
                     losses = stream.objective(scored)
                     surrogate = losses.sum.sum() * scales[micro.stream]
-                self._check(stream, micro, losses)
+                seen.append((micro, losses.sum.detach()))
                 self.backward(surrogate * 0.0 if micro.idle else surrogate)
             if not micro.idle:
                 total += losses.sum.detach().sum().float() * scales[micro.stream]
                 self.meters.add(losses.meters, f"{stream.name}/" if len(self.streams) > 1 else "")
+        self._check(seen)
         return total
 
     def _coupled(self, model: Any, micro_batches: Sequence[MicroBatch]) -> tuple[dict[int, tuple[Losses, Tensor]], dict[int, RandomState]]:
@@ -131,15 +133,19 @@ class StepRunner:
         joined = join([part for rank in everyone for part in rank])
         return joined, (sum(len(part.mask) for part in before), sum(part.units for part in before))
 
-    def _check(self, stream: Stream, micro: MicroBatch, losses: Losses) -> None:
-        finite = torch.isfinite(losses.sum)
-        if not bool(finite.all()):
-            bad = [stream.rows[micro.rows[index]].id for index in torch.nonzero(~finite).flatten().tolist()]
-            name = type(stream.objective).__name__
-            raise NumericsError(
-                f"The {name} loss is not finite for rows {', '.join(bad[:8])} (micro-batch: {row_names(stream, micro)}). "
-                "The weights were not updated. Lower the learning rate, or look at these rows."
-            )
+    def _check(self, seen: Sequence[tuple[MicroBatch, Tensor]]) -> None:
+        """One read-back a step, before the optimizer moves anything; only a step that failed looks for its rows."""
+        if bool(torch.stack([torch.isfinite(losses).all() for _, losses in seen]).all()):
+            return
+        for micro, losses in seen:
+            stream = self.streams[micro.stream]
+            bad = [stream.rows[micro.rows[index]].id for index in torch.nonzero(~torch.isfinite(losses)).flatten().tolist()]
+            if bad:
+                name = type(stream.objective).__name__
+                raise NumericsError(
+                    f"The {name} loss is not finite for rows {', '.join(bad[:8])} (micro-batch: {row_names(stream, micro)}). "
+                    "The weights were not updated. Lower the learning rate, or look at these rows."
+                )
 
 
 def _random_state(device: torch.device) -> RandomState:

@@ -12,9 +12,9 @@ import torch
 
 from equipoise.core.errors import DataError, UsageError
 from equipoise.data.plan import MicroBatch
-from equipoise.data.rows import TokenRow
+from equipoise.data.rows import TokenRow, TokenRows
 from equipoise.models.attention import NAME, attention_of
-from equipoise.models.batch import Form, PackedBatch, pack
+from equipoise.models.batch import Form, PackedBatch, pack, to_device
 from equipoise.models.logps import policy_logps, scores
 from equipoise.objectives._base import Objective, Scored
 from equipoise.reference.store import ReferenceStore
@@ -42,6 +42,8 @@ class Stream:
     @property
     def lengths(self) -> list[tuple[int, tuple[int, ...]]]:
         """(P, (T1..TK)) of every row."""
+        if isinstance(self.rows, TokenRows):
+            return self.rows.lengths()
         return [(len(row.prompt), tuple(len(branch.ids) for branch in row.branches)) for row in self.rows]
 
 
@@ -107,7 +109,8 @@ class Forward:
                 unit=batch.unit,
                 role=batch.role,
                 score=score,
-                facts={name: value.to(batch.mask.device) for name, value in batch.facts.items()},
+                facts=batch.facts,
+                sides=batch.sides,
             ),
             batch,
         )
@@ -127,7 +130,7 @@ class Forward:
             for reply in stream.store.get(row):
                 values[number, : len(reply)] = reply
                 number += 1
-        return torch.from_numpy(values).to(self.device)
+        return to_device(torch.from_numpy(values), self.device)
 
 
 def join(parts: Sequence[Scored]) -> Scored:

@@ -21,7 +21,7 @@ from equipoise.models.batch import Form
 from equipoise.models.logps import unwrapped
 from equipoise.training._ranks import Ranks
 from equipoise.training._simulate import Footprint, Lengths, Simulation
-from equipoise.training.machine import Machine, gigabytes, memory_at_hand
+from equipoise.training.machine import Machine, bfloat16_pays, gigabytes, memory_at_hand
 from equipoise.training.settings import TrainSettings
 
 LIBRARY_BYTES = {"cpu": 700_000_000, "cuda": 0}
@@ -35,7 +35,8 @@ MOVE_SHARE = 1.0
 LOAD_SECONDS = 3.0
 """Seconds to load a model and start a stage, whatever it does."""
 BUDGET_STEP = 128
-BUDGET_CAP = {"cpu": 2048, "cuda": 32768}
+DEFAULT_BUDGET = {"cpu": 768, "cuda": 8192}
+BUDGET_CAP = {"cpu": 1024, "cuda": 32768}
 """Where a larger micro-batch brings no more speed: matrix products are at their peak."""
 STEPS_LOOKED_AT = 64
 PROBE_TOKENS = 2048
@@ -152,8 +153,8 @@ class Estimator:
 
     def budget(self) -> int:
         """The token budget: the one set, or (`auto`) the largest that fits and is of use, at least the longest row."""
-        if isinstance(self.settings.token_budget, int):
-            return self.settings.token_budget
+        if self.settings.token_budget != "auto":
+            return self.settings.token_budget or DEFAULT_BUDGET[self.machine.device]
         cap = max(BUDGET_CAP[self.machine.device], self.longest)
         if not self.machine.memory:
             return cap
@@ -229,7 +230,7 @@ class Estimator:
     # ---- time
 
     def _seconds(self, flops: float, moved: float) -> float:
-        rate = self.machine.peak("bfloat16" if self.settings.bf16 else self.settings.dtype)
+        rate = self.machine.rate(self.settings.dtype, self.settings.bf16)
         return flops / (rate * MATRIX_SHARE) + moved / (self.machine.bandwidth * MOVE_SHARE)
 
     def _optimizer_seconds(self) -> float:
@@ -296,20 +297,27 @@ class Estimator:
         return self._seen[key]
 
 
-def with_budget(
+def for_this_machine(
     settings: TrainSettings, lengths: Sequence[Sequence[Lengths]], readout: str, device: str, ranks: Ranks, model: Any
 ) -> TrainSettings:
-    """These settings with the token budget that fits in memory in place of `auto`, the same on every rank (all share one plan).
+    """These settings with what depends on the machine decided, the same on every rank: the token budget, and whether bfloat16 pays.
 
-    Raises UsageError where not even the longest row fits.
+    Raises UsageError where the budget is `auto` and not even the longest row fits in memory.
     """
-    memory = memory_at_hand(device) // (ranks.size if device == "cpu" else 1)
-    config = None if model is None else unwrapped(model).config
-    estimator = Estimator(settings, lengths, Machine(device, 1.0, 1.0, memory=memory), readout, world_size=ranks.size, config=config)
-    estimator.check()
-    budget = min(ranks.gather(estimator.budget()))
-    say(f"token_budget=auto: {budget} tokens a micro-batch ({gigabytes(memory)} of memory at hand)")
-    return settings.model_copy(update={"token_budget": budget})
+    changes: dict[str, Any] = {}
+    if settings.bf16 and not ranks.first(lambda: bfloat16_pays(device)):
+        say("bf16: this CPU multiplies bfloat16 far slower than float32, so the run computes in float32, which is also more exact")
+        changes["bf16"] = False
+    if settings.token_budget is None:
+        changes["token_budget"] = DEFAULT_BUDGET[device]
+    elif settings.token_budget == "auto":
+        memory = memory_at_hand(device) // (ranks.size if device == "cpu" else 1)
+        config = None if model is None else unwrapped(model).config
+        estimator = Estimator(settings, lengths, Machine(device, 1.0, 1.0, memory=memory), readout, world_size=ranks.size, config=config)
+        estimator.check()
+        changes["token_budget"] = budget = min(ranks.gather(estimator.budget()))
+        say(f"token_budget=auto: {budget} tokens a micro-batch ({gigabytes(memory)} of memory at hand)")
+    return settings.model_copy(update=changes)
 
 
 def optimizer_bytes(optim: str, trained: Sequence[Any]) -> int:

@@ -46,7 +46,7 @@ from equipoise.training._ranks import Ranks
 from equipoise.training._rows import Rows, checked_streams, make_streams, shared_rows
 from equipoise.training._streams import Forward, Stream
 from equipoise.training.checkpoints import CompleteMark, newest_complete
-from equipoise.training.estimate import with_budget
+from equipoise.training.estimate import for_this_machine
 from equipoise.training.settings import TrainSettings
 from equipoise.training.sharding import check_accelerate, shard
 from equipoise.training.start_check import check_scores, choose_form
@@ -152,9 +152,8 @@ class _Fit:
         if device.type == "cpu":
             keep_freed_memory()
         by_accelerate = check_accelerate(device)
-        if self.settings.token_budget == "auto":
-            lengths = [stream.lengths for stream in self.streams]
-            self.settings = with_budget(self.settings, lengths, self.readout, device.type, self.ranks, model)
+        lengths = [stream.lengths for stream in self.streams]
+        self.settings = for_this_machine(self.settings, lengths, self.readout, device.type, self.ranks, model)
         torch.manual_seed(self.settings.seed)
         policy = load_policy(self.settings, self.readout, device) if model is None else model
         policy, fresh = make_trainable(policy, self.settings, self.readout)
@@ -196,6 +195,7 @@ class _Fit:
             "dev": {name: value for name, value in final.items() if isinstance(value, float)},
             "form": forward.form,
             "token_budget": self.settings.token_budget,
+            "bf16": self.settings.bf16,
             "resumed_from": None if resume is None else resume.name,
             "cost": cost,
         }
@@ -314,7 +314,7 @@ class _Fit:
         return trainer
 
     def _planner(self, streams: Sequence[Stream], forward: Forward, batch_size: int) -> Planner:
-        assert isinstance(self.settings.token_budget, int), "auto was resolved when the run began"
+        assert isinstance(self.settings.token_budget, int), "decided when the run began"
         return Planner(
             tuple(stream.lengths for stream in streams),
             batch_size=batch_size,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ class Machine:
     def peak(self, dtype: str) -> float:
         """FLOPs a second in this dtype."""
         return self.bfloat16 if dtype == "bfloat16" else self.float32
+
+    def rate(self, dtype: str, bf16: bool) -> float:
+        """FLOPs a second of a run with these settings, which leaves bf16 out where it does not pay."""
+        return self.peak("bfloat16" if bf16 and 2 * self.bfloat16 >= self.float32 else dtype)
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for the lock file."""
@@ -62,6 +67,25 @@ def measure(size: int = 512, seconds: float = 0.2, clock: Callable[[], float] = 
     left, right, out = (torch.ones(16 * 2**20 if device == "cuda" else 2**21, device=device) for _ in range(3))
     bandwidth = 3.0 * left.nbytes / best_of(lambda: torch.mul(left, right, out=out))
     return Machine(device, rate(torch.float32), rate(torch.bfloat16), bandwidth, memory_at_hand(device))
+
+
+@cache
+def bfloat16_pays(device: str) -> bool:
+    """Whether products in bfloat16 keep up with float32's: on a CPU without instructions for them they take many times as long."""
+    if device != "cpu":
+        return True
+    import torch
+
+    def fastest(dtype: torch.dtype) -> float:
+        left, right = torch.ones(192, 384, dtype=dtype), torch.ones(384, 384, dtype=dtype)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            torch.nn.functional.linear(left, right)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return fastest(torch.bfloat16) <= 2 * fastest(torch.float32)
 
 
 def memory_at_hand(device: str) -> int:

@@ -43,14 +43,17 @@ class TrainSettings(Settings):
     max_steps: int = Field(default=-1, ge=-1, description="optimizer steps; -1: as many as the epochs take")
     per_device_train_batch_size: int = Field(default=8, ge=1, description="units (pairs, rows) per device and accumulation step")
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="multiplies the batch, as in transformers; never cuts memory")
-    token_budget: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        default=2048,
-        description="tokens of a micro-batch; cuts the batch, never changes the recipe; auto: as many as fit in memory and help",
+    token_budget: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        default=None,
+        description="tokens of a micro-batch; cuts the batch, never changes the recipe. None: 768 on a CPU (more is no faster "
+        "there), 8192 on a GPU; auto: the largest that fits in the memory at hand and is of use",
     )
     shuffle: bool = Field(default=True, description="a fresh order each epoch; off: the data's order")
 
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="dtype of the weights")
-    bf16: bool = Field(default=False, description="bfloat16 autocast over float32 weights")
+    bf16: bool = Field(
+        default=False, description="bfloat16 autocast over float32 weights; left out, saying so, on a CPU that multiplies it slower"
+    )
     use_peft: bool = Field(default=False, description="train LoRA instead of all weights")
     load_in_4bit: bool = Field(default=False, description="hold the base in 4 bits under LoRA (QLoRA); a reference_model as well")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field(default="nf4", description="the 4-bit number format")
