@@ -35,7 +35,7 @@ MOVE_SHARE = 1.0
 LOAD_SECONDS = 3.0
 """Seconds to load a model and start a stage, whatever it does."""
 BUDGET_STEP = 128
-DEFAULT_BUDGET = {"cpu": 768, "cuda": 8192}
+DEFAULT_BUDGET = {"cpu": 512, "cuda": 8192}
 BUDGET_CAP = {"cpu": 1024, "cuda": 32768}
 """Where a larger micro-batch brings no more speed: matrix products are at their peak."""
 STEPS_LOOKED_AT = 64

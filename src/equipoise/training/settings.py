@@ -45,7 +45,7 @@ class TrainSettings(Settings):
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="multiplies the batch, as in transformers; never cuts memory")
     token_budget: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         default=None,
-        description="tokens of a micro-batch; cuts the batch, never changes the recipe. None: 768 on a CPU (more is no faster "
+        description="tokens of a micro-batch; cuts the batch, never changes the recipe. None: 512 on a CPU (more is no faster "
         "there), 8192 on a GPU; auto: the largest that fits in the memory at hand and is of use",
     )
     shuffle: bool = Field(default=True, description="a fresh order each epoch; off: the data's order")
