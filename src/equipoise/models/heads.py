@@ -44,8 +44,8 @@ class HeadLogps(torch.autograd.Function):
         tops, sums = torch.empty_like(values), torch.empty_like(values)
         direction = torch.empty_like(hidden) if ctx.kind == "frozen" else None
         for cut in _chunks(rows, vocabulary):
-            exponentials, picked, tops[cut] = _exponentials(hidden[cut], matrix, bias, target[cut], kept[cut] if kept is not None else None)
-            sums[cut] = exponentials.sum(1, dtype=values.dtype)
+            out = None if kept is None else kept[cut]
+            exponentials, picked, tops[cut], sums[cut] = _exponentials(hidden[cut], matrix, bias, target[cut], out)
             values[cut] = picked - sums[cut].log()
             if direction is not None:
                 direction[cut] = _direction(exponentials, sums[cut], matrix, target[cut])
@@ -132,14 +132,21 @@ def replaced_head(head: Any, source: Tensor, target: Tensor) -> Iterator[None]:
 
 def _exponentials(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, out: Tensor | None, top: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(e [C, V] in `out` where given, logit[target] − max [C], max [C]) of one chunk."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(e [C, V] in `out` where given, logit[target] − max [C], max [C], Σe [C]) of one chunk, all but e at least float32.
+
+    16-bit logits are widened before anything is subtracted: e is rounded once, when it is put down for the products.
+    """
     logits = torch.mm(hidden, weight.t(), out=out) if out is not None else torch.mm(hidden, weight.t())
     if bias is not None:
         logits += bias
-    top = logits.amax(1).to(_wide(logits.dtype)) if top is None else top
-    picked = logits.gather(1, target[:, None])[:, 0].to(top.dtype) - top
-    return logits.sub_(top[:, None]).exp_(), picked, top
+    wide = logits.to(_wide(logits.dtype))
+    top = wide.amax(1) if top is None else top
+    picked = wide.gather(1, target[:, None])[:, 0] - top
+    total = wide.sub_(top[:, None]).exp_().sum(1)
+    if wide is not logits:
+        logits.copy_(wide)
+    return logits, picked, top, total
 
 
 def _direction(exponentials: Tensor, sums: Tensor, weight: Tensor, target: Tensor) -> Tensor:
