@@ -27,7 +27,8 @@ from transformers import (
 )
 
 from equipoise.generation._base import Sampling, stream
-from equipoise.generation._decode import choose, decode, supports_cache
+from equipoise.generation._decode import choose, decode
+from equipoise.generation._rows import POSITIONS, groups, joins
 
 V = 97
 SIZES = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -77,10 +78,89 @@ def test_a_family_without_keys_and_values_to_keep_runs_again_from_the_start():
     torch.manual_seed(0)
     model = MambaForCausalLM(MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
     model.generation_config.pad_token_id = 0
-    assert not supports_cache(model)
+    assert not joins(model)
     for prompt in PROMPTS[:3]:
         (reply,) = decode(model, [prompt], Sampling(max_new_tokens=20), np.zeros((1, 20)), ENDS)
         assert reply.ids == theirs(model, prompt)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_waiting_prompts_take_the_places_of_finished_replies(family):
+    model = model_of(family)
+    prompts = [np.random.default_rng(100 + size).integers(11, V, size=1 + size % 14).astype(np.int32) for size in range(24)]
+    expected = [theirs(model, prompt) for prompt in prompts]
+    with Watched(model) as calls:
+        # 14 tokens of the longest prompt and 20 of a reply: five rows at a time.
+        replies = decode(model, prompts, Sampling(max_new_tokens=20), np.zeros((24, 20)), ENDS, batch_tokens=5 * 34)
+    assert [reply.ids for reply in replies] == expected
+    steps = [rows for rows, new, _ in calls if new == 1]
+    assert max(rows * width for rows, _, width in calls) <= 5 * 34
+    # Rows run at every step, tokens written after the first of each: places are filled again while prompts wait.
+    assert len(steps) < 20 * -(-24 // 5)
+    assert family == "gemma3" or len({len(ids) for ids in expected}) > 1
+
+
+def test_a_reply_that_ended_early_never_runs_past_the_context():
+    # 26 positions learned: 6 of the prompt and 20 of the reply. The rows that ended stay for a while beside those that go on.
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=26)).eval()
+    prompts = [np.random.default_rng(size).integers(11, V, size=6).astype(np.int32) for size in range(12)]
+    free = decode(model, prompts, Sampling(max_new_tokens=20), np.zeros((12, 20)), frozenset())
+    ends = frozenset({free[0].ids[1]})
+    replies = decode(model, prompts, Sampling(max_new_tokens=20), np.zeros((12, 20)), ends, batch_tokens=5 * 26)
+    for reply, whole in zip(replies, free, strict=True):
+        cut = next((place + 1 for place, token in enumerate(whole.ids) if token in ends), 20)
+        assert reply.ids == whole.ids[:cut]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "mistral with a window"])
+def test_what_prompts_share_is_run_once(family):
+    model = model_of(family)
+    start = np.random.default_rng(5).integers(11, V, size=30).astype(np.int32)
+    prompts = [np.concatenate([start, prompt]) for prompt in (*PROMPTS, PROMPTS[0], PROMPTS[0])]
+    with Watched(model) as calls:
+        replies = decode(model, prompts, Sampling(max_new_tokens=20), np.zeros((8, 20)), ENDS)
+    assert [reply.ids for reply in replies] == [theirs(model, prompt) for prompt in prompts]
+    prefilled = [rows * new for rows, new, _ in calls if new > 1]
+    if "window" in family:
+        assert sum(prefilled) >= 6 * 30
+    else:
+        # The start by itself; then what follows it, 12 tokens at most, of the six prompts that differ.
+        assert prefilled == [30, 6 * 12]
+
+
+def test_samples_of_one_prompt_differ_by_their_draws_only():
+    model = model_of("llama")
+    sampling = Sampling(max_new_tokens=20, temperature=1.2)
+    draws = np.stack([stream(7, str(number)).random(20) for number in range(4)])
+    together = [reply.ids for reply in decode(model, [PROMPTS[1]] * 4, sampling, draws, ENDS)]
+    assert together == [decode(model, [PROMPTS[1]], sampling, draws[[number]], ENDS)[0].ids for number in range(4)]
+    assert len(set(map(tuple, together))) == 4
+
+
+def test_prompts_are_grouped_so_that_little_is_padded():
+    assert groups([9, 9, 7, 4, 4], spare=4) == [[0, 1, 2], [3, 4]]
+    assert groups([9, 9, 7, 4, 4], spare=0) == [[0, 1], [2], [3, 4]]
+    assert groups([9, 9, 7, 4, 4], spare=99) == [[0, 1, 2, 3, 4]]
+    assert groups([POSITIONS + 1, POSITIONS // 2, POSITIONS // 2, 1], spare=10 * POSITIONS) == [[0], [1, 2], [3]]
+    assert groups([], spare=4) == []
+
+
+class Watched:
+    """Notes rows, new tokens and width so far of every forward of a model."""
+
+    def __init__(self, model):
+        self._model, self._calls = model, []
+
+    def __enter__(self):
+        def note(_, args, inputs):
+            self._calls.append((*inputs["input_ids"].shape, inputs["attention_mask"].shape[1]))
+
+        self._hook = self._model.register_forward_pre_hook(note, with_kwargs=True)
+        return self._calls
+
+    def __exit__(self, *_):
+        self._hook.remove()
 
 
 def test_repetition_penalty_is_transformers_penalty():

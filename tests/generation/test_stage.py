@@ -56,6 +56,7 @@ class TornError(Exception):
 
 
 def test_an_interrupted_run_ends_with_the_same_bytes(model_folder, prompts_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("equipoise.generation.local._TURNS", 1)  # several batches, of few prompts
     whole = generate(settings_of(model_folder, prompts_file, tmp_path / "whole")).folder / "completions.jsonl"
     settings = settings_of(model_folder, prompts_file, tmp_path / "torn")
     real, calls = LocalGenerator.__call__, []

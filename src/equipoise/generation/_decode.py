@@ -1,8 +1,8 @@
-"""The decoding loop: left-padded batches, one key-value cache, finished rows dropped on the way."""
+"""The decoding loop: prompts enter a batch, each step writes a token of every row, finished rows make room for waiting prompts."""
 
 from __future__ import annotations
 
-import inspect
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from equipoise.generation._base import Sampling
+from equipoise.generation._rows import Alone, Ids, Rows, groups, joins, shared_prefix, spare_padding
 
 Tensor = torch.Tensor
 _KEEP = 0.75
-"""The batch is compacted once fewer than this share of its rows still write: copying the cache for each one costs more."""
+"""Finished rows leave once fewer than this share of the batch still writes: copying the cache for each one costs more."""
 
 
 @dataclass
@@ -28,45 +27,15 @@ class Reply:
     ended: bool = False
 
 
-class RoomyLayer(DynamicLayer):
-    """A growing cache layer with spare room: a new token is written in place instead of copying all earlier ones."""
-
-    _STEP = 64
-    keys: Any
-    values: Any
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append [N, heads, new, size] keys and values; return all of them so far, as views."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self._room: list[Tensor] = []
-        used = self.get_seq_length()
-        total = used + key_states.shape[-2]
-        if not self._room or self._room[0].shape[-2] < total or self._room[0].shape[0] != key_states.shape[0]:
-            self._room = [
-                _widened(old, new, used, total + self._STEP) for old, new in ((self.keys, key_states), (self.values, value_states))
-            ]
-        for room, new in zip(self._room, (key_states, value_states), strict=True):
-            room[..., used:total, :] = new
-        self.keys, self.values = (room[..., :total, :] for room in self._room)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows only."""
-        if self.is_initialized:
-            used = self.get_seq_length()
-            self._room = [room[indices] for room in self._room]
-            self.keys, self.values = (room[..., :used, :] for room in self._room)
-
-
 @torch.inference_mode()
 def decode(
     model: Any,
-    prompts: Sequence[NDArray[np.int32]],
+    prompts: Sequence[Ids],
     sampling: Sampling,
     uniforms: NDArray[np.float64],
     ends: frozenset[int],
     stopped: Callable[[list[int]], bool] | None = None,
+    batch_tokens: int | None = None,
 ) -> list[Reply]:
     """Continue each prompt until an end token, a stop string or the length limit.
 
@@ -74,40 +43,97 @@ def decode(
         model: a causal language model in eval mode.
         prompts: token ids of each prompt, each at least one.
         sampling: temperature, nucleus and the rest.
-        uniforms: [N, max_new_tokens] numbers in [0, 1); row n, column t decides token t of reply n. Unused at temperature 0.
+        uniforms: [N, max_new_tokens] numbers in [0, 1); row n, column t decides token t of reply n. Unused at
+            temperature 0, where one column is enough.
         ends: ids that end a reply.
         stopped: told a reply's ids so far, says whether they end in a stop string.
+        batch_tokens: rows × (longest row + max_new_tokens) written at a time, at most; None: all at once.
 
     Returns:
         One reply per prompt, in order.
     """
-    device = next(model.parameters()).device
-    step_forward = _Forward(model)
-    ids, mask = _left_padded(prompts, device)
-    draws = torch.from_numpy(uniforms).to(device)
-    seen = _seen(ids, mask, model.config.get_text_config().vocab_size) if sampling.repetition_penalty != 1.0 else None
-    replies = [Reply([]) for _ in prompts]
-    rows = list(range(len(prompts)))  # which reply each row of the batch writes
-    for step in range(sampling.max_new_tokens):
-        tokens = choose(step_forward(ids, mask), sampling, draws[rows, step], seen)
-        for row, token in zip(rows, tokens.tolist(), strict=True):
-            reply = replies[row]
-            if not reply.ended:
-                reply.ids.append(token)
-                reply.ended = token in ends or (stopped is not None and stopped(reply.ids))
-        writing = [place for place, row in enumerate(rows) if not replies[row].ended]
-        if not writing:
+    writer = _Writer(model, prompts, sampling, uniforms, ends, stopped)
+    joint = joins(model)
+    batch: Rows | Alone = Rows(model, shared_prefix(model, prompts)) if joint else Alone(model)
+    spare = spare_padding(writer.device)
+    waiting = deque(sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index)))
+    rows: list[int] = []  # which reply each row of the batch writes
+    while True:
+        stay = [place for place, row in enumerate(rows) if not writer.done(row)]
+        if len(stay) < _KEEP * len(rows) or not rows:
+            rows = [rows[place] for place in stay]
+            fresh = _admitted(waiting, [writer.length(row) for row in rows], prompts, sampling.max_new_tokens, batch_tokens if joint else 0)
+            for group in groups([len(prompts[index]) for index in fresh], spare):
+                members = [fresh[number] for number in group]
+                writer.write(members, batch.prefill([prompts[index] for index in members]))
+            join = [number for number, index in enumerate(fresh) if not writer.done(index)]
+            batch.settle(stay, join)
+            rows += [fresh[number] for number in join]
+            if not rows and not waiting:
+                return writer.replies
+            if not rows:
+                continue
+        writer.write(rows, batch.step([writer.replies[row].ids[-1] for row in rows], [writer.length(row) for row in rows]))
+
+
+def _admitted(waiting: deque[int], lengths: Sequence[int], prompts: Sequence[Ids], new: int, budget: int | None) -> list[int]:
+    """Take from the front of `waiting` what fits beside rows of these lengths; at least one where there are none."""
+    fresh: list[int] = []
+    width = max(lengths, default=0)
+    while waiting:
+        width = max(width, len(prompts[waiting[0]]))
+        count = len(lengths) + len(fresh) + 1
+        if count > 1 and budget is not None and count * (width + new) > budget:
             break
-        ids = torch.cat([ids, tokens[:, None]], dim=1)
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        if seen is not None:
-            seen.scatter_(1, tokens[:, None], True)
-        if len(writing) < _KEEP * len(rows):
-            kept = torch.tensor(writing, device=device)
-            ids, mask, seen = ids[kept], mask[kept], None if seen is None else seen[kept]
-            step_forward.keep(kept)
-            rows = [rows[place] for place in writing]
-    return replies
+        fresh.append(waiting.popleft())
+    return fresh
+
+
+class _Writer:
+    """The replies, and what turns logits into their next tokens."""
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Ids],
+        sampling: Sampling,
+        uniforms: NDArray[np.float64],
+        ends: frozenset[int],
+        stopped: Callable[[list[int]], bool] | None,
+    ) -> None:
+        self.replies = [Reply([]) for _ in prompts]
+        self.device = next(model.parameters()).device
+        self._prompts, self._sampling, self._uniforms, self._ends, self._stopped = prompts, sampling, uniforms, ends, stopped
+
+    def done(self, index: int) -> bool:
+        """Whether a reply is complete."""
+        reply = self.replies[index]
+        return reply.ended or len(reply.ids) >= self._sampling.max_new_tokens
+
+    def length(self, index: int) -> int:
+        """Tokens of prompt and reply so far."""
+        return len(self._prompts[index]) + len(self.replies[index].ids)
+
+    def write(self, rows: Sequence[int], logits: Tensor) -> None:
+        """Append a token to each of these replies that is not done. logits [rows, V]."""
+        steps = [min(len(self.replies[row].ids), self._uniforms.shape[1] - 1) for row in rows]
+        draws = torch.from_numpy(self._uniforms[rows, steps]).to(logits.device)
+        tokens = choose(logits, self._sampling, draws, self._seen(rows, logits))
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            if not self.done(row):
+                reply = self.replies[row]
+                reply.ids.append(token)
+                reply.ended = token in self._ends or (self._stopped is not None and self._stopped(reply.ids))
+
+    def _seen(self, rows: Sequence[int], logits: Tensor) -> Tensor | None:
+        """bool [rows, V]: tokens that stand in each prompt and reply, where a penalty asks for them."""
+        if self._sampling.repetition_penalty == 1.0:
+            return None
+        seen = np.zeros((len(rows), logits.shape[1]), dtype=bool)
+        for place, row in enumerate(rows):
+            seen[place, self._prompts[row]] = True
+            seen[place, self.replies[row].ids] = True
+        return torch.from_numpy(seen).to(logits.device)
 
 
 def choose(logits: Tensor, sampling: Sampling, draws: Tensor, seen: Tensor | None = None) -> Tensor:
@@ -139,65 +165,3 @@ def choose(logits: Tensor, sampling: Sampling, draws: Tensor, seen: Tensor | Non
     last = (mass > 0).long().mul(torch.arange(mass.shape[-1], device=mass.device)).amax(dim=-1, keepdim=True)
     place = torch.minimum(place, last)
     return (place if index is None else index.gather(1, place)).squeeze(1)
-
-
-class _Forward:
-    """One step of the model: the whole prompt first, then one token a row, on a cache where the family has one."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        takes = set(inspect.signature(model.forward).parameters)
-        self._positions = "position_ids" in takes
-        self._extra = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-        self._cache: DynamicCache | None = None
-        if supports_cache(model):
-            self._cache = DynamicCache(config=model.config)
-            self._cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in self._cache.layers]
-
-    def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids and mask int64 [N, L] from the first token on → logits [N, V] of the next token."""
-        inputs: dict[str, Any] = {"attention_mask": mask, **self._extra}
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        if self._cache is not None:
-            done = self._cache.get_seq_length()
-            ids, positions = ids[:, done:], positions[:, done:]
-            inputs |= {"past_key_values": self._cache, "use_cache": True}
-        if self._positions:
-            inputs["position_ids"] = positions
-        logits: Tensor = self._model(input_ids=ids, **inputs).logits
-        return logits[:, -1]
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these from the cache."""
-        if self._cache is not None:
-            self._cache.batch_select_indices(rows)
-
-
-def supports_cache(model: Any) -> bool:
-    """Whether the family keeps keys and values that rows can be dropped from. Others (Mamba) run again from the start."""
-    return "past_key_values" in inspect.signature(model.forward).parameters and not getattr(model, "_is_stateful", False)
-
-
-def _left_padded(prompts: Sequence[NDArray[np.int32]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """ids and mask, int64 [N, longest]. Padding takes id 0: masked, so which one does not matter."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = np.zeros((len(prompts), width), dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = prompt
-        mask[row, width - len(prompt) :] = 1
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
-
-
-def _seen(ids: Tensor, mask: Tensor, vocabulary: int) -> Tensor:
-    """bool [N, V]: which tokens stand in each row's prompt, padding left out."""
-    counts = torch.zeros((len(ids), vocabulary), dtype=torch.int64, device=ids.device)
-    return counts.scatter_add_(1, ids, mask).bool()
-
-
-def _widened(old: Tensor, new: Tensor, used: int, room: int) -> Tensor:
-    """A buffer of `room` positions shaped like `new`, holding the first `used` positions of `old`."""
-    buffer = new.new_zeros((*new.shape[:-2], room, new.shape[-1]))
-    if used:
-        buffer[..., :used, :] = old
-    return buffer

@@ -1,7 +1,8 @@
 """Replies from a transformers causal language model on this machine: batched, seeded, the same whatever the batches.
 
-Prompts are sorted by length and cut into batches by a token budget, so little is padded. Each prompt draws from its
-own random stream of (seed, prompt id); batches change a reply only where they change the rounding of its logits.
+Prompts are sorted by length and written so many at a time as a token budget allows; one takes the place of another that
+has ended. Each draws from its own random stream of (seed, prompt id); what is written beside it changes a reply only
+where it changes the rounding of its logits.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _NO_LIMIT = 2**31
+_TURNS = 4
+"""How many times over a batch may fill the rows written at a time: prompts take the places of replies that have ended."""
 
 
 class LocalSettings(GeneratorSettings):
@@ -33,7 +36,7 @@ class LocalSettings(GeneratorSettings):
     tokenise: TokeniseSettings = Field(default=TokeniseSettings(), description="how prompts become tokens")
     dtype: Literal["float32", "bfloat16", "auto"] = Field(default="float32", description="dtype of the weights; auto: the checkpoint's")
     device: str | None = Field(default=None, description="where to run; None: the accelerator where there is one")
-    batch_tokens: int = Field(default=8192, ge=1, description="rows × (longest prompt + max_new_tokens) of a batch, at most")
+    batch_tokens: int = Field(default=8192, ge=1, description="rows × (longest row + max_new_tokens) written at a time, at most")
     stop: tuple[str, ...] | None = Field(
         default=None, description="texts that end a reply and are cut from it; None: the next human turn for plain transcripts"
     )
@@ -62,7 +65,7 @@ class LocalGenerator(Generator):
         model: causal language model in eval mode.
         tokenizer: its tokenizer.
         tokenise: how prompts become tokens.
-        batch_tokens: rows × (longest prompt + max_new_tokens) of a batch, at most; a single row may exceed it.
+        batch_tokens: rows × (longest row + max_new_tokens) written at a time, at most; a single row may exceed it.
         stop: texts that end a reply; None: the next human turn for plain transcripts, nothing with a chat template.
         weights: fingerprint written into each completion; None: computed.
     """
@@ -82,7 +85,7 @@ class LocalGenerator(Generator):
         self._tokenizer: Any = tokenizer
         self._tokenise = tokenise or TokeniseSettings()
         self._batch_tokens = batch_tokens
-        self._ends = end_ids(model, tokenizer, self._tokenise)
+        self.ends = end_ids(model, tokenizer, self._tokenise)
         self._stop = stop_texts(stop, tokenizer, self._tokenise)
         self._weights = weights or weights_fingerprint(model, skip_adapters=False)
         self._cut: set[str] = set()
@@ -107,16 +110,14 @@ class LocalGenerator(Generator):
         return [completions[index] for index in range(len(prompts))]
 
     def _plan(self, lengths: Sequence[int], sampling: Sampling) -> list[list[int]]:
-        from equipoise.generation._decode import supports_cache
-
-        # Without a cache to mask, left padding would reach the recurrent state: such families go one by one.
-        budget = self._batch_tokens if supports_cache(self._model) else 0
         batches: list[list[int]] = []
+        size = 0
         for index in sorted(range(len(lengths)), key=lambda item: (-lengths[item], item)):
-            if batches and (lengths[batches[-1][0]] + sampling.max_new_tokens) * (len(batches[-1]) + 1) <= budget:
-                batches[-1].append(index)
-            else:
-                batches.append([index])
+            if not batches or len(batches[-1]) == size:
+                at_a_time = max(1, self._batch_tokens // (lengths[index] + sampling.max_new_tokens))
+                size = _TURNS * at_a_time
+                batches.append([])
+            batches[-1].append(index)
         return batches
 
     def _batch(self, prompts: Sequence[Prompt], ids: Sequence[NDArray[np.int32]], sampling: Sampling) -> list[Completion]:
@@ -124,9 +125,7 @@ class LocalGenerator(Generator):
 
         steps = sampling.max_new_tokens if sampling.temperature > 0 else 1
         draws = np.stack([stream(sampling.seed, prompt.id).random(steps) for prompt in prompts])
-        if steps < sampling.max_new_tokens:
-            draws = np.broadcast_to(draws, (len(prompts), sampling.max_new_tokens)).copy()
-        replies = decode(self._model, ids, sampling, draws, self._ends, self._stopped if self._stop else None)
+        replies = decode(self._model, ids, sampling, draws, self.ends, self._stopped if self._stop else None, self._batch_tokens)
         return [
             Completion(
                 id=prompt.id,
