@@ -42,6 +42,33 @@ def test_a_model_is_at_no_distance_from_itself(policy, byte_tokenizer, completio
     assert [verdict.value for verdict in verdicts] == [0.0, 0.0, 0.0]
 
 
+def test_replies_to_one_prompt_run_it_once_and_score_as_each_alone(policy, base, byte_tokenizer, completions):
+    samples = [replace(completions[0], id=str(number), token_ids=(*b"sample", 65 + number, 256)) for number in range(5)]
+    seen = []
+    hook = policy.register_forward_pre_hook(lambda _, args, inputs: seen.append(inputs["input_ids"].numel()), with_kwargs=True)
+    found = LogRatios(policy, base, byte_tokenizer)([samples[0], completions[1], *samples[1:]])
+    hook.remove()
+    for item, ratio in zip([samples[0], completions[1], *samples[1:]], found, strict=True):
+        expected = plain_logps(policy, byte_tokenizer, item) - plain_logps(base, byte_tokenizer, item)
+        assert ratio.nats == pytest.approx(expected, abs=1e-4)
+    prompts = [len(byte_tokenizer(f"\n\nHuman: {item.prompt[0].content}\n\nAssistant:")["input_ids"]) for item in completions[:2]]
+    # Two forwards of the check, then each prompt once with all its replies: five of 8 tokens, and one of 3 (b"no" and the end).
+    assert seen[-1] == prompts[0] + 5 * 8 + prompts[1] + 3
+    assert len(seen) == 3
+    assert policy.config._attn_implementation == "sdpa"
+
+
+def test_an_attention_that_cannot_be_packed_is_padded(policy, base, byte_tokenizer, completions, monkeypatch):
+    expected = LogRatios(policy, base, byte_tokenizer)(completions)
+
+    def fails(model, name):
+        raise ValueError("this family's attention cannot be replaced")
+
+    monkeypatch.setattr("equipoise.models.attention.attention_of", fails)
+    found = LogRatios(policy, base, byte_tokenizer)(completions)
+    assert [ratio.nats for ratio in found] == pytest.approx([ratio.nats for ratio in expected], abs=1e-4)
+
+
 def test_without_tokens_there_is_no_verdict(policy, base, byte_tokenizer, completions):
     items = [completions[0], replace(completions[1], token_ids=()), completions[2]]
     first, second, third = KlToBase(LogRatios(policy, base, byte_tokenizer))(items)
@@ -75,6 +102,12 @@ def test_settings_load_both_models(policy, base, byte_tokenizer, completions, tm
 
 
 def test_rows_are_batched_longest_first_within_the_budget():
-    assert list(length_batches([3, 9, 5, 5], 15)) == [[1], [2, 3, 0]]
-    assert list(length_batches([3, 99], 10)) == [[1], [0]]
-    assert list(length_batches([], 10)) == []
+    assert list(length_batches([3, 9, 5, 5], 15, spare=99)) == [[1], [2, 3, 0]]
+    assert list(length_batches([3, 99], 10, spare=99)) == [[1], [0]]
+    assert list(length_batches([], 10, spare=99)) == []
+
+
+def test_a_batch_ends_before_it_is_mostly_padding():
+    # 9, 9, 7: 2 padded positions; the 3 would add 6. Then 3 and 1 with 2.
+    assert list(length_batches([9, 3, 7, 1, 9], 99, spare=3)) == [[0, 4, 2], [1, 3]]
+    assert list(length_batches([9, 3, 9], 99, spare=0)) == [[0, 2], [1]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,10 +12,14 @@ from pydantic import Field
 
 from equipoise.data.rows import Branch, TokenRow
 from equipoise.data.settings import TokeniseSettings
-from equipoise.data.tokenise import prompt_ids
+from equipoise.data.tokenise import prompt_ids, prompts_ids
 from equipoise.generation._base import Completion
 from equipoise.generation._text import model_inputs
 from equipoise.scorers._base import ScorerSettings, Verdict
+
+_NO_LIMIT = 2**31
+_TOLERANCE = 1e-4
+"""Nats a token by which packed rows may differ from padded ones in float32: what training's start check allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,29 +47,87 @@ class LogRatios:
 
     def __call__(self, completions: Sequence[Completion]) -> list[Ratio | None]:
         """One ratio per completion, in order; None where it carries no token ids."""
-        rows = [(index, self._row(item)) for index, item in enumerate(completions) if item.token_ids]
+        told = [index for index, item in enumerate(completions) if item.token_ids]
         found: list[Ratio | None] = [None] * len(completions)
-        for batch in length_batches([row.tokens for _, row in rows], self._batch_tokens):
-            members = [rows[place] for place in batch]
-            policy, base = (self._sums(model, [row for _, row in members]) for model in self._models)
-            for (index, row), ours, theirs in zip(members, policy, base, strict=True):
-                found[index] = Ratio(ours - theirs, len(row.branches[0].ids))
+        if told:
+            rows = self._rows([completions[index] for index in told])
+            policy, base = (self._sums(model, rows) for model in self._models)
+            for index, ours, theirs in zip(told, policy, base, strict=True):
+                found[index] = Ratio(ours - theirs, len(completions[index].token_ids))
         return found
 
-    def _row(self, completion: Completion) -> TokenRow:
-        prompt = prompt_ids(completion.prompt, self._tokenizer, self._tokenise, room=len(completion.token_ids))
-        return token_row(completion.id, prompt, completion.token_ids)
+    def _rows(self, completions: Sequence[Completion]) -> list[TokenRow]:
+        """A row for each completion; its id is its number."""
+        unlimited = self._tokenise.model_copy(update={"max_length": _NO_LIMIT})
+        prompts = prompts_ids([item.prompt for item in completions], self._tokenizer, unlimited)
+        for number, item in enumerate(completions):
+            if len(prompts[number]) + len(item.token_ids) > self._tokenise.max_length:
+                prompts[number] = prompt_ids(item.prompt, self._tokenizer, self._tokenise, room=len(item.token_ids))
+        return [
+            token_row(str(number), prompt, item.token_ids) for number, (prompt, item) in enumerate(zip(prompts, completions, strict=True))
+        ]
 
     def _sums(self, model: Any, rows: Sequence[TokenRow]) -> list[float]:
+        """Summed log-probs of each row's reply."""
+        from equipoise.generation._rows import spare_padding
+
+        found: dict[str, float] = {}
+        if self._packs(model, rows):
+            # A prompt is run once for all its replies, and nothing is padded.
+            units = shared_prompts(rows, self._batch_tokens)
+            for batch in length_batches([unit.tokens for unit in units], self._batch_tokens, self._batch_tokens):
+                members = [units[index] for index in batch]
+                names = [row_id for unit in members for row_id in unit.id.split()]
+                found.update(zip(names, self._run(model, members, "packed").sum(dim=1).tolist(), strict=True))
+        else:
+            spare = spare_padding(next(model.parameters()).device)
+            for batch in length_batches([row.tokens for row in rows], self._batch_tokens, spare):
+                members = [rows[index] for index in batch]
+                found.update(zip([row.id for row in members], self._run(model, members, "padded").sum(dim=1).tolist(), strict=True))
+        return [found[row.id] for row in rows]
+
+    def _packs(self, model: Any, rows: Sequence[TokenRow]) -> bool:
+        """Whether packed rows give the log-probs of the model's own attention, tried on the longest row twice over."""
         import torch
 
-        from equipoise.models.batch import pack
-        from equipoise.models.logps import policy_logps
+        if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+            return False  # rounding hides what is wrong
+        longest = max(rows, key=lambda row: row.tokens)
+        twice = TokenRow("twice", longest.prompt, longest.branches * 2)
+        try:
+            packed = self._run(model, [twice], "packed")
+        # A family may fail in any way when its attention is replaced; whatever it raises, its rows are padded instead.
+        except Exception:
+            return False
+        return bool((packed - self._run(model, [longest], "padded")).abs().max() <= _TOLERANCE)
 
-        batch = pack(rows, "padded", pad_id=self._tokenizer.pad_token_id or 0).to(next(model.parameters()).device)
-        with torch.inference_mode():
-            values: list[float] = policy_logps(model, batch).double().sum(dim=1).tolist()
-        return values
+    def _run(self, model: Any, rows: Sequence[TokenRow], form: Literal["packed", "padded"]) -> Any:
+        """float64 [N, T] log-probs of every reply token."""
+        import torch
+
+        from equipoise.models.attention import NAME, attention_of, register
+        from equipoise.models.batch import pack
+        from equipoise.models.logps import policy_logps, unwrapped
+
+        register()
+        batch = pack(rows, form, pad_id=self._tokenizer.pad_token_id or 0).to(next(model.parameters()).device)
+        with torch.inference_mode(), nullcontext() if form == "padded" else attention_of(unwrapped(model), NAME):
+            return policy_logps(model, batch).double()
+
+
+def shared_prompts(rows: Sequence[TokenRow], budget: int) -> list[TokenRow]:
+    """One row for all replies to a prompt, as many as fit into `budget` tokens; its id holds theirs, in order."""
+    units: list[TokenRow] = []
+    open_units: dict[bytes, int] = {}
+    for row in rows:
+        key = row.prompt.tobytes()
+        at = open_units.get(key)
+        if at is not None and units[at].tokens + len(row.branches[0].ids) <= budget:
+            units[at] = TokenRow(f"{units[at].id} {row.id}", row.prompt, units[at].branches + row.branches)
+        else:
+            open_units[key] = len(units)
+            units.append(row)
+    return units
 
 
 def token_row(row_id: str, prompt: Any, reply: Sequence[int]) -> TokenRow:
@@ -73,13 +136,19 @@ def token_row(row_id: str, prompt: Any, reply: Sequence[int]) -> TokenRow:
     return TokenRow(row_id, np.asarray(prompt, dtype=np.int32), (Branch("sample", ids, {"learn": np.ones(len(ids), dtype=bool)}),))
 
 
-def length_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Numbers of the rows of each batch, longest first, rows × longest row at most `budget` (a single row may exceed it)."""
+def length_batches(lengths: Sequence[int], budget: int, spare: int) -> Iterator[list[int]]:
+    """Numbers of the rows of each batch, longest first.
+
+    rows × longest row is at most `budget` (a single row may exceed it), and a batch's padding at most `spare` positions.
+    """
     batch: list[int] = []
+    padding = 0
     for index in sorted(range(len(lengths)), key=lambda item: (-lengths[item], item)):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > budget:
+        longest = lengths[batch[0]] if batch else lengths[index]
+        padding += longest - lengths[index]
+        if batch and (longest * (len(batch) + 1) > budget or padding > spare):
             yield batch
-            batch = []
+            batch, padding = [], 0
         batch.append(index)
     if batch:
         yield batch

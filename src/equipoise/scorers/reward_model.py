@@ -46,12 +46,15 @@ class RewardModel(Scorer):
 
     def __call__(self, completions: Sequence[Completion]) -> list[Verdict]:
         """One verdict per completion, in order; None, with the reason, where a text cannot be laid out within the limit."""
+        from equipoise.generation._rows import spare_padding
+
         records = [
             Record(str(number), completion.prompt, (Reply(completion.text, "sample"),)) for number, completion in enumerate(completions)
         ]
         rows = tokenise_units(records, self._encoder, Accounting())
         values: dict[str, float] = {}
-        for batch in length_batches([row.tokens for row in rows], self._batch_tokens):
+        spare = spare_padding(next(self._model.parameters()).device)
+        for batch in length_batches([row.tokens for row in rows], self._batch_tokens, spare):
             members = [rows[index] for index in batch]
             values |= dict(zip([row.id for row in members], self._scores(members), strict=True))
         return [
