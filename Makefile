@@ -12,7 +12,7 @@ OLDEST := .venv-oldest
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
   "$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 
-.PHONY: help quickstart test test-oldest parity lint clean chromium
+.PHONY: help quickstart test test-oldest parity gpu lint clean chromium
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,10 @@ lint: $(VENV)/.dev ## ruff and mypy
 parity: $(VENV)/.dev ## step by step against TRL 1.16 (minutes; outside CI)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,parity]'
 	$(BIN)/python -m pytest -m parity tests
+
+gpu: $(VENV)/.dev ## on a machine with a CUDA device: its tests, then its benchmark into gpu.json (under 8 minutes)
+	$(BIN)/python -m pytest -m gpu tests/gpu
+	$(BIN)/python benchmarks/gpu.py > gpu.json
 
 # The engine on the oldest transformers it supports, without datasets or TRL.
 test-oldest: $(OLDEST)/.core ## the core on transformers 5.17

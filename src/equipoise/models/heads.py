@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 Tensor = torch.Tensor
-CHUNK_BYTES = 48 * 2**20
-"""float32 size of one chunk's logits: near what a last-level cache holds, and large enough for a full-speed product."""
+CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 512 * 2**20}
+"""float32 size of one chunk's logits: on a CPU near what a last-level cache holds, on a GPU enough rows for a full-speed product."""
 KEEP_BYTES = 2**30
 """Where W is trained, e is kept for the backward up to this size (three products a token); above it, it is computed again (four)."""
 
@@ -43,7 +43,7 @@ class HeadLogps(torch.autograd.Function):
         values = torch.empty(rows, dtype=_wide(hidden.dtype), device=hidden.device)
         tops, sums = torch.empty_like(values), torch.empty_like(values)
         direction = torch.empty_like(hidden) if ctx.kind == "frozen" else None
-        for cut in _chunks(rows, vocabulary):
+        for cut in _chunks(hidden, vocabulary):
             out = None if kept is None else kept[cut]
             exponentials, picked, tops[cut], sums[cut] = _exponentials(hidden[cut], matrix, bias, target[cut], out)
             values[cut] = picked - sums[cut].log()
@@ -65,7 +65,7 @@ class HeadLogps(torch.autograd.Function):
         to_hidden = torch.empty_like(hidden) if needs_hidden else None
         to_weight = torch.empty_like(weight, dtype=_wide(weight.dtype)) if needs_weight else None
         to_bias = torch.zeros_like(bias, dtype=_wide(weight.dtype)) if needs_bias else None
-        for number, cut in enumerate(_chunks(len(hidden), len(weight))):
+        for number, cut in enumerate(_chunks(hidden, len(weight))):
             again = kept is None
             exponentials = _exponentials(hidden[cut], matrix, bias, target[cut], None, tops[cut])[0] if again else kept[cut]
             scale = gradient[cut]
@@ -155,12 +155,12 @@ def _direction(exponentials: Tensor, sums: Tensor, weight: Tensor, target: Tenso
     return torch.sub(weight.index_select(0, target), mean.mul_((1 / sums)[:, None].to(mean.dtype)), out=mean)
 
 
-def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
-    size = max(1, CHUNK_BYTES // (4 * vocabulary))
+def _chunks(hidden: Tensor, vocabulary: int) -> Iterator[slice]:
+    rows = len(hidden)
+    size = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"]) // (4 * vocabulary))
     # Equal chunks rather than a small rest, which would be a slow product.
-    count = -(-rows // size)
-    edges = [round(rows * number / max(1, count)) for number in range(count + 1)]
-    return (slice(first, last) for first, last in pairwise(edges))
+    count = max(1, -(-rows // size))
+    return (slice(first, last) for first, last in pairwise(round(rows * number / count) for number in range(count + 1)))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
