@@ -125,8 +125,9 @@ def test_what_prompts_share_is_run_once(family):
     if "window" in family:
         assert sum(prefilled) >= 6 * 30
     else:
-        # The start by itself; then what follows it, 12 tokens at most, of the six prompts that differ.
-        assert prefilled == [30, 6 * 12]
+        # The start by itself; then what follows it, 12 tokens at most, of the six prompts that differ, in groups of like length.
+        assert prefilled[0] == 30
+        assert 0 < sum(prefilled[1:]) <= 6 * 12
 
 
 def test_samples_of_one_prompt_differ_by_their_draws_only():
