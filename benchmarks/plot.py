@@ -29,6 +29,8 @@ def main() -> None:
     if results:
         save(rates(results), folder / "rates.svg")
     for name, result in results.items():
+        if len(result["sides"]["ours"]["losses"][0]) < 2:
+            continue  # one step is no curve
         save(losses(result), folder / f"{name}-losses.svg")
     ablation = folder / "ablation.json"
     if ablation.is_file():

@@ -60,15 +60,14 @@ def profile(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job["threads"])
     keep_freed_memory()
     register()
+    library = common.peak_rss_mb()
     model, rows, cpu, budget = policy(job), token_rows(job), torch.device("cpu"), job["token_budget"]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
-    library = common.peak_rss_mb() - sum(parameter.nbytes for parameter in model.parameters()) / 2**20
     with tempfile.TemporaryDirectory() as folder, attention_of(unwrapped(model), NAME):
-        begin = time.perf_counter()
-        store = ReferenceStore(folder, Context("weights", "none", "float32", "packed"))
-        fill(model, rows, store, "packed", budget, cpu)
-        reference = time.perf_counter() - begin
+        for name in ("warming up", "weights"):
+            store = ReferenceStore(folder, Context(name, "none", "float32", "packed"))
+            reference = fill(model, rows, store, "packed", budget, cpu)["seconds"]
         stream = Stream("main", rows, build({"name": "dpo"}), 1.0, store)
         step = Planner((stream.lengths,), len(rows), budget, shuffle=False).step(0)
         runner = StepRunner([stream], Forward("packed", cpu), Meters(), lambda loss: loss.backward(), lambda last: nullcontext())
@@ -82,7 +81,7 @@ def profile(job: dict[str, Any]) -> dict[str, Any]:
         once()
         begin = time.perf_counter()
         once()
-        seconds = time.perf_counter() - begin
+        seconds, memory = time.perf_counter() - begin, common.peak_rss_mb()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
             once()
     peak = matmul_peak("float32", job["threads"])
@@ -92,13 +91,13 @@ def profile(job: dict[str, Any]) -> dict[str, Any]:
     state = [sum(parameter.nbytes for parameter in group) / 2**20 for group in (model.parameters(), trained, trained, trained)]
     return {
         "step_seconds": round(seconds, 3),
-        "reference_seconds": round(reference, 3),
+        "reference_seconds": reference,
         "shares_of_profiled_time": shares(found.key_averages()),
         "matmul_peak_gflops": round(peak / 1e9, 1),
         "step_gflops": round(work / seconds / 1e9, 1),
         "step_share_of_peak": round(work / seconds / peak, 3),
         "floor_seconds": {"step": round(work / peak, 3), "reference": round(2 * (body * unique + head * replies) / peak, 3)},
-        "peak_rss_mb": common.peak_rss_mb(),
+        "peak_rss_mb": memory,
         "floor_mb": {
             "libraries": round(library, 1),
             **dict(zip(("weights", "gradients", "first moment", "second moment"), (round(size, 1) for size in state), strict=True)),
