@@ -52,7 +52,8 @@ def test_replies_to_one_prompt_run_it_once_and_score_as_each_alone(policy, base,
         expected = plain_logps(policy, byte_tokenizer, item) - plain_logps(base, byte_tokenizer, item)
         assert ratio.nats == pytest.approx(expected, abs=1e-4)
     prompts = [len(byte_tokenizer(f"\n\nHuman: {item.prompt[0].content}\n\nAssistant:")["input_ids"]) for item in completions[:2]]
-    # Two forwards of 4 tokens try the head, two the packing; then each prompt once with all its replies: five of 8 tokens, and one of 3 (b"no" and the end).
+    # Two forwards of 4 tokens try the head, two the packing; then each prompt runs once with all its replies: five of 8 tokens,
+    # and one of 3 (b"no" and the end).
     assert seen[-1] == prompts[0] + 5 * 8 + prompts[1] + 3
     assert seen[:2] == [4, 4]
     assert len(seen) == 5
