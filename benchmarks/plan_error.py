@@ -4,8 +4,8 @@
 
 Each setting runs in a process of its own, for an honest peak of resident memory: two optimizer steps of DPO on real pairs
 (HH, from $EQUIPOISE_DATA/hh-harmless-base), after that process has measured its own speed. Memory is the process's
-largest resident size over its whole life; time is CPU seconds of the reference pass and the steps, so that what else the
-machine does counts little (run it with one thread). The estimate knows settings and row lengths only. Prints one JSON
+largest resident size over its whole life; time is the wall seconds of the reference pass and the CPU seconds of the steps, the
+same on a quiet machine with one thread (run it so). The estimate knows settings and row lengths only. Prints one JSON
 object; logs go to stderr.
 """
 
