@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 SCHEMA_VERSION = 1
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "equipoise")
+PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "equipoise")
 T = TypeVar("T")
 
 
