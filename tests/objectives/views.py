@@ -11,18 +11,22 @@ WIDTH = 7
 
 
 def random_view(needs: Needs, units: int = 5, seed: int = 0, scale: float = 1.0, dtype: torch.dtype = torch.float64) -> Scored:
-    """A view with one branch per needed role and unit, in shuffled order, with ragged masks."""
+    """A view with one branch per needed role and unit (lists: two to four), in shuffled order, with ragged masks."""
     generator = torch.Generator().manual_seed(seed)
-    roles = [REPLY_ROLES.index(role) for role in needs.roles]
-    size = units * len(roles)
+    roles = [[REPLY_ROLES.index(role) for role in needs.roles] * (2 + unit % 3 if needs.many else 1) for unit in range(units)]
+    size = sum(map(len, roles))
     order = torch.randperm(size, generator=generator)
-    unit = torch.arange(units).repeat_interleave(len(roles))[order]
-    role = torch.tensor(roles).repeat(units)[order]
+    unit = torch.arange(units).repeat_interleave(torch.tensor([len(some) for some in roles]))[order]
+    role = torch.tensor([role for some in roles for role in some])[order]
     lengths = torch.randint(1, WIDTH + 1, (size,), generator=generator)
     mask = torch.arange(WIDTH)[None] < lengths[:, None]
 
     def logps() -> torch.Tensor:
         return -scale * torch.rand(size, WIDTH, generator=generator, dtype=dtype) * mask
+
+    def stat(name: str) -> torch.Tensor:
+        values = scale * torch.rand(size, WIDTH, generator=generator, dtype=dtype) * mask
+        return -values if name == "log_sum_sq" else values
 
     return Scored(
         policy=logps() if needs.readout == "logps" else None,
@@ -31,6 +35,8 @@ def random_view(needs: Needs, units: int = 5, seed: int = 0, scale: float = 1.0,
         unit=unit,
         role=role,
         score=scale * torch.randn(size, generator=generator, dtype=dtype) if needs.readout == "score" else None,
+        stats={name: stat(name) for name in sorted(needs.stats)},
+        marks={name: torch.rand(size, WIDTH, generator=generator) < 0.5 for name in sorted(needs.marks)},
         facts={name: torch.randint(0, 2, (units,), generator=generator).double()[unit] for name in needs.facts},
     )
 

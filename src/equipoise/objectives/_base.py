@@ -19,6 +19,13 @@ from equipoise.core.errors import DataError, NumericsError
 from equipoise.core.records import REPLY_ROLES
 
 Tensor = torch.Tensor
+STATS = {
+    "lse": "log Σ_v e^{logit_v}, the logits' V in nats",
+    "entropy": "−Σ_v π_θ(v) log π_θ(v), nats",
+    "log_sum_sq": "log Σ_v π_θ(v)², nats",
+    "kl_ref": "Σ_v π_ref(v) log(π_ref(v)/π_θ(v)), nats",
+}
+"""What `Needs.stats` may ask for: of the distribution a reply token was drawn from, v over the vocabulary. All carry gradient."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,8 @@ class Needs:
 
     roles: branch roles each unit must have, exactly once each (for lists: `many=True`, any number of them).
     reference: `none`; `stored` (the reference store, or adapter off); `live` (a reference forward in the same micro-batch).
-    stats: per-token extras of the policy's distribution: kl_ref, log_sum_sq, lse, entropy.
+    stats: per-token extras of the policy's whole distribution, by name (see `STATS`); kl_ref needs a live reference.
+    marks: per-token marks beside `learn`, by name (`data/marks.py`).
     facts: per-branch facts that must not be missing.
     readout: `logps` of reply tokens, or one `score` per branch from a sequence-classification head.
     coupled: the loss needs the whole step's statistic, so the engine makes two passes.
@@ -36,6 +44,7 @@ class Needs:
     roles: tuple[str, ...]
     reference: Literal["none", "stored", "live"] = "none"
     stats: frozenset[str] = frozenset()
+    marks: frozenset[str] = frozenset()
     facts: tuple[str, ...] = ()
     readout: Literal["logps", "score"] = "logps"
     coupled: bool = False
@@ -44,7 +53,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Scored:
-    """N branches of U units. policy, reference, mask and stats: [N, T]; score, unit, role: [N]; facts: name → [N].
+    """N branches of U units. policy, reference, mask, stats and marks: [N, T]; score, unit, role: [N]; facts: name → [N].
 
     Log-probs are in nats, float32 or float64; `mask` is 1 where the objective may look. `unit` numbers units from 0;
     `role` indexes `equipoise.core.records.REPLY_ROLES`. NaN in facts is missing.
@@ -58,6 +67,7 @@ class Scored:
     unit: Tensor
     role: Tensor
     stats: Mapping[str, Tensor] = field(default_factory=dict)
+    marks: Mapping[str, Tensor] = field(default_factory=dict)
     score: Tensor | None = None
     facts: Mapping[str, Tensor] = field(default_factory=dict)
     sides: Mapping[str, Tensor] = field(default_factory=dict)
@@ -67,7 +77,7 @@ class Scored:
         shape = self.mask.shape
         if self.mask.ndim != 2:
             raise NumericsError(f"mask must be [N, T], found {tuple(shape)}.")
-        for name, value in {"policy": self.policy, "reference": self.reference, **self.stats}.items():
+        for name, value in {"policy": self.policy, "reference": self.reference, **self.stats, **self.marks}.items():
             if value is not None and value.shape != shape:
                 raise NumericsError(f"{name} has shape {tuple(value.shape)}, mask {tuple(shape)}: they must be equal.")
         for name, value in {"unit": self.unit, "role": self.role, "score": self.score, **self.facts}.items():
@@ -106,6 +116,7 @@ class Scored:
             unit=self.unit[index],
             role=self.role[index],
             stats={name: value[index] for name, value in self.stats.items()},
+            marks={name: value[index] for name, value in self.marks.items()},
             score=pick(self.score),
             facts={name: value[index] for name, value in self.facts.items()},
         )
@@ -127,6 +138,12 @@ class Scored:
     def logratios(self) -> Tensor:
         """[N] log π_θ(y|x) − log π_ref(y|x), nats: the implicit reward without its β."""
         return masked(self._need("policy") - self._need("reference"), self.mask).sum(1)
+
+    def stat(self, name: str) -> Tensor:
+        """[N, T] a statistic of the policy's distribution at each token (see `STATS`); 0 outside the mask. Carries gradient."""
+        if name not in self.stats:
+            raise NumericsError(f"This objective needs the statistic {name}, and the engine gave none.")
+        return masked(self.stats[name], self.mask)
 
     def lengths(self) -> Tensor:
         """[N] tokens each reply is judged on. Raises DataError where one has none."""
