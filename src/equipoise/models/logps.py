@@ -66,7 +66,7 @@ def policy_logps(model: Any, batch: PackedBatch, head: Head | None = None) -> Te
     """
     chunked = (head or head_of(model, batch)) == "chunked"
     values = _chunked(model, batch) if chunked else token_logps(reply_logits(model, batch), batch.target)
-    return _by_reply(batch, values)
+    return by_reply(batch, values)
 
 
 def policy_statistics(
@@ -86,11 +86,11 @@ def policy_statistics(
             table = _run(model, batch)[0]
     else:
         table = statistics(reply_logits(model, batch), batch.target, names, reference)
-    logps, *stats = (_by_reply(batch, column) for column in table.unbind(1))
+    logps, *stats = (by_reply(batch, column) for column in table.unbind(1))
     return logps, dict(zip(names, stats, strict=True))
 
 
-def _by_reply(batch: PackedBatch, values: Tensor) -> Tensor:
+def by_reply(batch: PackedBatch, values: Tensor) -> Tensor:
     """[R] values of reply tokens as [N, T], 0 elsewhere."""
     empty = torch.zeros(batch.mask.shape, dtype=values.dtype, device=values.device)
     return empty.index_put((batch.branch, batch.offset), values)
