@@ -120,6 +120,19 @@ class EvaluationSettings(Settings):
     kl_to_base: bool = Field(default=True, description="score every reply's divergence from the base model, nats a token")
 
 
+class SearchSettings(Settings):
+    """A search over learning rates that every arm makes alike before it is evaluated, on prompts the evaluation never asks."""
+
+    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=2, description="tried in the last stage of every arm")
+    prompts: tuple[PromptSource, ...] = Field(min_length=1, description="dev prompts; they are kept apart from all training data")
+    choose: Literal["reward", "right_refusals"] = Field(
+        default="reward",
+        description="what the best has most of. reward: the judge's mean reward, an invalid reply counting as the worst any candidate "
+        "gave; right_refusals: the share of harmful prompts refused and of others answered, validly, axes weighing the same",
+    )
+    arms: tuple[str, ...] = Field(default=(), description="arms that search; empty: all that train")
+
+
 class Contrast(Settings):
     """A comparison named beforehand: is `a` better than `b` in `metric`?"""
 
@@ -155,6 +168,7 @@ class StudySettings(Settings):
     arms: dict[str, tuple[str | StageSettings, ...]] = Field(min_length=1, description="arm → its stages; none: the base itself")
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1, description="every arm is trained once per seed")
     judge: JudgeSettings = Field(description="the reward model")
+    search: SearchSettings | None = Field(default=None, description="a learning-rate search of every arm, with the first seed")
     evaluation: EvaluationSettings = Field(default=EvaluationSettings(), description="how arms are evaluated")
     primary: tuple[Contrast, ...] = Field(default=(), description="contrasts named beforehand; all others are exploratory")
     budget: BudgetSettings = Field(default=BudgetSettings(), description="what must be equal over arms")
@@ -177,6 +191,10 @@ class StudySettings(Settings):
         blocks: list[tuple[str, str | None]] = [("judge.data", block) for block in self.judge.data]
         blocks += [("judge.held_out", block) for block in self.judge.held_out]
         blocks += [(f"evaluation.prompts.{number}", source.data) for number, source in enumerate(self.evaluation.prompts)]
+        if self.search is not None:
+            blocks += [(f"search.prompts.{number}", source.data) for number, source in enumerate(self.search.prompts)]
+            for arm in self.search.arms:
+                self._check_arm("search.arms", arm)
         blocks += [(f"expected.{name}", name) for name in self.expected]
         for where, block in blocks:
             self._check_block(where, block)
@@ -203,6 +221,12 @@ class StudySettings(Settings):
             else:
                 found.append(stage)
         return tuple(found)
+
+    def searched(self) -> tuple[str, ...]:
+        """Arms that search for a learning rate."""
+        if self.search is None:
+            return ()
+        return tuple(arm for arm in self.arms if self.arms[arm] and (not self.search.arms or arm in self.search.arms))
 
     def policy_blocks(self) -> tuple[str, ...]:
         """Data blocks that any arm is trained on, each once."""
