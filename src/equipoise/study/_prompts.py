@@ -20,6 +20,7 @@ from equipoise.data.transcripts import parse_prompt
 from equipoise.generation._base import Prompt
 from equipoise.study.settings import PromptSource, StudySettings
 
+BUNDLED = ("starter", "starter:dev")
 XSTEST_AXIS = {"safe": "benign", "unsafe": "harmful"}
 
 
@@ -66,7 +67,7 @@ def _key(prompt: Prompt) -> str:
 def is_at_hand(source: PromptSource, blocks: Mapping[str, DataSettings]) -> bool:
     """Whether the prompts can be read without a network."""
     name = source.source if source.data is None else blocks[source.data].dataset_name
-    return name == "starter" or Path(str(name)).expanduser().exists()
+    return name in BUNDLED or Path(str(name)).expanduser().exists()
 
 
 def _of_source(settings: StudySettings, source: PromptSource) -> list[Prompt]:
@@ -91,8 +92,8 @@ def _of_block(block: DataSettings, source: PromptSource) -> list[Prompt]:
 
 
 def _of_file(name: str, source: PromptSource) -> list[Prompt]:
-    """'starter', JSON lines of prompts, a JSON array of conversations as text, or an XSTest table."""
-    if name == "starter":
+    """'starter', 'starter:dev', JSON lines of prompts, a JSON array of conversations as text, or an XSTest table."""
+    if name in BUNDLED:
         rows: Iterable[Mapping[str, Any]] = load_prompts(name)
     elif name.lower().endswith(".csv"):
         rows = _xstest(Path(name).expanduser())

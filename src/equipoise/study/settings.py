@@ -86,7 +86,7 @@ class JudgeSettings(Settings):
 class PromptSource(Settings):
     """Where a part of the evaluation prompts comes from: the starter set, a file, or the prompts of a data block."""
 
-    source: str | None = Field(default=None, description="'starter', a prompts.jsonl, or an XSTest prompts.csv")
+    source: str | None = Field(default=None, description="'starter', 'starter:dev', a prompts.jsonl, or an XSTest prompts.csv")
     data: str | None = Field(default=None, description="data block whose prompts are asked")
     axis: Axis | None = Field(default=None, description="what the prompts test; needed where the source does not say")
     axes: tuple[Axis, ...] = Field(default=(), description="keep only these axes of the source; empty: all")
