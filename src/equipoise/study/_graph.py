@@ -19,6 +19,7 @@ class Node:
 
     key: 16 hex digits of everything it is computed from (its own settings and those of all stages before it).
     start: the training stage whose model it starts from or asks; None: the base (for the judge: its backbone).
+    reference: what a training stage is compared with: what it starts from, the base, or another training stage's model.
     streams: data blocks and objectives of a training stage; training: its resolved overrides.
     policy: name of a null policy where a `generate` or `score` stage belongs to one.
     search: whether a `generate` or `score` stage asks the prompts of the search, not those of the evaluation.
@@ -33,16 +34,13 @@ class Node:
     training: Mapping[str, Any] = field(default_factory=dict)
     dev: bool = False
     judge: bool = False
+    reference: Literal["start", "base"] | Node = "start"
     policy: str | None = None
     search: bool = False
 
     def folder(self, study: Path) -> Path:
         """Where the stage writes."""
         return study / "stages" / f"{self.kind}-{self.name}-{self.key}"
-
-    def lineage(self) -> list[Node]:
-        """The training stages behind a model, first to last, this one included."""
-        return [*(self.start.lineage() if self.start else []), *([self] if self.kind == "train" else [])]
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,11 @@ def _chain(study: StudySettings, seed: int, stages: tuple[StageSettings, ...]) -
     return tuple(chain)
 
 
-def _train(study: StudySettings, stage: StageSettings, seed: int, start: Node | None) -> Node:
+def _train(study: StudySettings, stage: StageSettings, seed: int, previous: Node | None) -> Node:
+    start = previous if stage.start == "previous" else None
+    reference: Literal["start", "base"] | Node = "base" if stage.reference == "base" and start is not None else "start"
+    if stage.reference == "previous" and previous is not None and previous is not start:
+        reference = previous
     training = {**study.training, **stage.training}
     streams = stage.references()
     recipe = {
@@ -154,7 +156,9 @@ def _train(study: StudySettings, stage: StageSettings, seed: int, start: Node | 
         "training": training,
         "seed": seed,
     }
-    return Node(fingerprint(recipe), "train", _plain(stage.title), seed, start, streams, training, dev=stage.dev)
+    if reference != "start":
+        recipe["reference"] = reference.key if isinstance(reference, Node) else reference
+    return Node(fingerprint(recipe), "train", _plain(stage.title), seed, start, streams, training, dev=stage.dev, reference=reference)
 
 
 def _ask(study: StudySettings, name: str, model: Node | None, seed: int, policy: str | None, search: Sequence[PromptSource] = ()) -> Node:

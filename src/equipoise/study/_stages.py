@@ -87,6 +87,7 @@ class Stages:
                 }
                 for stream in node.streams
             ],
+            **({} if node.reference == "start" else {"reference_model": self._reference(node)}),
             **node.training,
         }
         return fit(TrainSettings.make(values, source=f"stage {node.name}"), overwrite=self.overwrite)
@@ -153,6 +154,11 @@ class Stages:
         if node.judge:
             return self.settings.judge.model_name_or_path
         return self._model(node)
+
+    def _reference(self, node: Node) -> str:
+        """The model a training stage is compared with, where that is not its start."""
+        other = node.reference
+        return str(other.folder(self.folder) / "model") if isinstance(other, Node) else self.settings.model_name_or_path
 
     def _model(self, node: Node) -> str:
         """The model behind a stage: the one trained by the stage before it, or the base."""

@@ -42,12 +42,20 @@ class StreamReference(Settings):
 
 
 class StageSettings(Settings):
-    """One training stage of an arm. It starts from the model of the stage before it (the base for the first)."""
+    """One training stage of an arm. It starts from the model of the stage before it (the base for the first), which is its reference.
+
+    Pre-DPO (arXiv 2504.15843), where a model trained first guides a second run from the beginning, is `start: base` with
+    `reference: previous`. SACPO (arXiv 2404.11049), helpfulness first and then safety from there, is two stages as they are.
+    """
 
     name: str = Field(default="", description="shown in folders and tables; empty: the objective's name")
     objective: dict[str, Any] = Field(default={"name": "dpo"}, description="name of the method and its hyper-parameters")
     data: Blocks = Field(default=(), description="names of data blocks of the study, mixed; none: the streams say")
     streams: tuple[StreamReference, ...] = Field(default=(), description="several objectives in every step, each with its data")
+    start: Literal["previous", "base"] = Field(default="previous", description="what it trains: the stage before it, or the study's base")
+    reference: Literal["start", "previous", "base"] = Field(
+        default="start", description="reference of a preference loss: what the stage starts from, the stage before it, or the base"
+    )
     dev: bool = Field(default=False, description="look at the dev part of `train` data while training; its prompts then count as seen")
     training: dict[str, Any] = Field(default={}, description="training settings that differ from the study's")
 
