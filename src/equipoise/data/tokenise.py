@@ -34,7 +34,7 @@ def tokenise(
         records: what `load` gives.
         tokenizer: a transformers tokenizer.
         settings: limit, transcript style, what is learned.
-        roles: ('chosen', 'rejected'), ('gold',), ('sample', 'mismatched') for KTO, ('sample',) for lists, ….
+        roles: ('chosen', 'rejected'), ('gold',), ('sample', 'mismatched') for KTO, ('sample',) for lists (for BCO with the fact label), ….
         facts: facts every reply must have; units without are dropped and counted.
 
     Returns:
