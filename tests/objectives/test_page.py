@@ -32,3 +32,8 @@ def test_each_method_has_its_section(name: str) -> None:
         assert f"| `{setting}` |" in section
         assert field.description, f"{name}.{setting} has no description"
     assert all(role in section for role in kind.needs.roles)
+
+
+def test_the_advice_names_every_method() -> None:
+    text = (PAGE.parent / "choosing.md").read_text(encoding="utf-8")
+    assert [name for name in methods() if f"`{name}`" not in text] == []

@@ -19,6 +19,7 @@ from equipoise.objectives._base import Losses, Objective, Scored
 from equipoise.objectives._load import build, from_callable, load_class, methods
 from equipoise.reference.build import build as build_store
 from equipoise.reference.key import Context
+from equipoise.reference.live import LiveReference
 from equipoise.reference.store import ReferenceStore
 from equipoise.training._step import StepRunner
 from equipoise.training._streams import Forward, Stream
@@ -27,6 +28,7 @@ from tests.tiny import pairs, row, tiny
 
 register()
 CPU = torch.device("cpu")
+STATISTICS = ["wpo", "tdpo1", "tdpo2"]
 COUPLED = [name for name in methods() if load_class(name).needs.coupled]
 
 
@@ -58,14 +60,19 @@ def step_gradient(streams: list[Stream], budget: int, form: Form = "packed", mod
         shared=form == "packed",
         padded=form == "padded",
     )
-    runner = StepRunner(streams, Forward(form, CPU), Meters(), backward=lambda loss: loss.backward(), sync=lambda last: nullcontext())
+    live = LiveReference(tiny(seed=7))
+    if form != "padded":
+        live.model.set_attn_implementation(NAME)
+    runner = StepRunner(
+        streams, Forward(form, CPU, live=live), Meters(), backward=lambda loss: loss.backward(), sync=lambda last: nullcontext()
+    )
     with nullcontext() if form == "padded" else attention_of(model, NAME):
         loss = runner.run(model, planner.step(0))
     gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
     return float(loss), gradient
 
 
-@pytest.mark.parametrize("name", ["dpo", "sft", *COUPLED])
+@pytest.mark.parametrize("name", ["dpo", "sft", *STATISTICS, *COUPLED])
 def test_any_cut_gives_the_same_step(name: str, tmp_path: Path) -> None:
     objective = build({"name": name})
     roles = objective.needs.roles
@@ -105,6 +112,35 @@ def test_a_step_equals_the_formula_written_out(tmp_path: Path) -> None:
                 fixed = summed(reference, item.prompt, branch.ids)
             ratios.append(summed(policy, item.prompt, branch.ids) - fixed)
         losses.append(-torch.nn.functional.logsigmoid(0.3 * (ratios[0] - ratios[1])))
+    expected = torch.stack(losses).mean()
+    expected.backward()
+    wanted = torch.cat([parameter.grad.flatten() for parameter in policy.parameters() if parameter.grad is not None])
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert (gradient - wanted).norm() / wanted.norm() < 1e-5
+
+
+def test_a_step_of_tdpo2_equals_the_formula_written_out() -> None:
+    """Divergences of whole distributions by plain forwards and autograd, nothing of the engine in it."""
+    rows = pairs()
+    loss, gradient = step_gradient([Stream("main", rows, build({"name": "tdpo2", "beta": 0.3, "alpha": 0.7}))], 60)
+
+    def read(model: Any, prompt: np.ndarray, reply: np.ndarray) -> torch.Tensor:
+        """[T, V] log-probs along the reply."""
+        ids = torch.tensor(np.concatenate([prompt, reply]))[None].long()
+        return model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+
+    policy, reference = tiny(seed=3), tiny(seed=7)
+    losses = []
+    for item in rows:
+        ratios, divergences = [], []
+        for branch in item.branches:
+            with torch.no_grad():
+                theirs = read(reference, item.prompt, branch.ids)
+            ours, ids = read(policy, item.prompt, branch.ids), torch.tensor(branch.ids).long()[:, None]
+            ratios.append((ours - theirs).gather(1, ids).sum())
+            divergences.append((theirs.exp() * (theirs - ours)).sum())
+        margin = ratios[0] - ratios[1] - 0.7 * (divergences[1] - divergences[0].detach())
+        losses.append(-torch.nn.functional.logsigmoid(0.3 * margin))
     expected = torch.stack(losses).mean()
     expected.backward()
     wanted = torch.cat([parameter.grad.flatten() for parameter in policy.parameters() if parameter.grad is not None])
