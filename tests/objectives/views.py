@@ -28,6 +28,12 @@ def random_view(needs: Needs, units: int = 5, seed: int = 0, scale: float = 1.0,
         values = scale * torch.rand(size, WIDTH, generator=generator, dtype=dtype) * mask
         return -values if name == "log_sum_sq" else values
 
+    def fact() -> torch.Tensor:
+        """1 or 0 for a whole unit; in a list every reply has its own number."""
+        if needs.many:
+            return torch.rand(size, generator=generator, dtype=torch.float64)
+        return torch.randint(0, 2, (units,), generator=generator).double()[unit]
+
     return Scored(
         policy=logps() if needs.readout == "logps" else None,
         reference=logps() if needs.reference != "none" else None,
@@ -37,7 +43,7 @@ def random_view(needs: Needs, units: int = 5, seed: int = 0, scale: float = 1.0,
         score=scale * torch.randn(size, generator=generator, dtype=dtype) if needs.readout == "score" else None,
         stats={name: stat(name) for name in sorted(needs.stats)},
         marks={name: torch.rand(size, WIDTH, generator=generator) < 0.5 for name in sorted(needs.marks)},
-        facts={name: torch.randint(0, 2, (units,), generator=generator).double()[unit] for name in needs.facts},
+        facts={name: fact() for name in needs.facts},
     )
 
 
