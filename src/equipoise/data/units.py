@@ -24,25 +24,33 @@ KTO = ("sample", "mismatched")
 
 
 def units(
-    records: Iterable[Record], roles: tuple[str, ...], facts: tuple[str, ...], accounting: Accounting, spool: Path | None = None
+    records: Iterable[Record],
+    roles: tuple[str, ...],
+    facts: tuple[str, ...],
+    accounting: Accounting,
+    spool: Path | None = None,
+    least: int = 1,
 ) -> Iterator[Record]:
     """Units of all records that have what is asked for, one by one; the others are counted.
 
     For KTO a pair becomes two units, `<id>/chosen` and `<id>/rejected`, and counts as two rows. Its other replies come
     from anywhere in the data, so all units are gathered first: in memory, or in the file `spool` (written afresh).
     facts: names every reply must have (`safe`, `label`, a score); a mismatched reply is exempt.
+    least: replies a unit must have at least (2 for objectives on lists).
     Raises UsageError for unknown roles, DataError (at the end) where no record has them.
     """
     for role in roles:
         if role not in REPLY_ROLES:
             raise UsageError(f"There is no reply role {role!r}.{nearest(role, REPLY_ROLES)}")
-    made = _made(records, roles, facts, accounting)
+    made = _made(records, roles, facts, accounting, least)
     if "mismatched" not in roles:
         return made
     return with_mismatched(made, spool)
 
 
-def _made(records: Iterable[Record], roles: tuple[str, ...], facts: tuple[str, ...], accounting: Accounting) -> Iterator[Record]:
+def _made(
+    records: Iterable[Record], roles: tuple[str, ...], facts: tuple[str, ...], accounting: Accounting, least: int
+) -> Iterator[Record]:
     labelled, wanted = set(roles) == set(KTO), " and ".join(repr(role) for role in roles if role != "mismatched")
     some = False
     for record in records:
@@ -50,6 +58,9 @@ def _made(records: Iterable[Record], roles: tuple[str, ...], facts: tuple[str, .
         if not found:
             _drop(f"no {wanted} reply", record.id, accounting)
         for unit in found:
+            if len(unit.replies) < least:
+                _drop(f"fewer than {least} replies", unit.id, accounting)
+                continue
             missing = next((name for name in facts for reply in unit.replies if name not in facts_of(reply)), None) if facts else None
             if missing is None:
                 some = True
