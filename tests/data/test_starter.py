@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from equipoise.data import starter
+from equipoise.data.prompts import load_prompts
 
 FOLDER = Path(starter.__file__).parent
 PAIRS = {
@@ -23,6 +24,7 @@ PAIRS = {
     "judge_harmlessness": ("judge-harm", "harmlessness", 40),
 }
 PROMPTS = {"eval_helpful": ("eval-helpful", 80), "eval_harmful": ("eval-harmful", 80), "eval_benign": ("eval-benign", 80)}
+DEV = "dev_prompts"
 PAIR_KEYS = ["id", "prompt", "chosen", "rejected", "chosen_safe", "rejected_safe", "axis", "topic"]
 OVER_REFUSALS = {"train_harmlessness": 15, "judge_harmlessness": 8}
 
@@ -46,7 +48,7 @@ def jaccard(first: set[tuple[str, ...]], second: set[tuple[str, ...]]) -> float:
 
 
 def every_prompt() -> list[tuple[str, str]]:
-    return [(row["id"], row["prompt"]) for name in (*PAIRS, *PROMPTS) for row in rows_of(name)]
+    return [(row["id"], row["prompt"]) for name in (*PAIRS, *PROMPTS, DEV) for row in rows_of(name)]
 
 
 def external_prompts() -> list[str]:
@@ -87,6 +89,16 @@ def test_evaluation_prompts_have_the_schema_and_the_count(name: str) -> None:
         assert list(row) == ["id", "prompt", "topic"], row["id"]
         assert row["prompt"] == row["prompt"].strip() != "", row["id"]
         assert row["topic"], row["id"]
+
+
+def test_dev_prompts_are_twenty_an_axis() -> None:
+    rows = rows_of(DEV)
+    assert Counter(row["axis"] for row in rows) == {"helpful": 20, "harmful": 20, "benign": 20}
+    for row in rows:
+        assert list(row) == ["id", "prompt", "axis", "topic"], row["id"]
+        assert re.fullmatch(rf"dev-{row['axis']}-\d{{3}}", row["id"])
+        assert row["prompt"] == row["prompt"].strip() != "", row["id"]
+    assert [prompt["id"] for prompt in load_prompts("starter:dev")] == [row["id"] for row in rows]
 
 
 def test_totals_are_those_of_the_set() -> None:
@@ -133,7 +145,7 @@ def test_chosen_replies_do_not_share_an_opening(name: str) -> None:
 
 def test_ids_are_unique_across_the_set() -> None:
     ids = [row_id for row_id, _ in every_prompt()]
-    assert len(ids) == len(set(ids)) == 480
+    assert len(ids) == len(set(ids)) == 540
 
 
 def test_no_prompt_is_shared_or_nearly_shared_across_the_set() -> None:
@@ -142,7 +154,7 @@ def test_no_prompt_is_shared_or_nearly_shared_across_the_set() -> None:
     assert near == []
 
 
-@pytest.mark.parametrize("name", ["train_harmlessness", "judge_harmlessness", "eval_benign", "eval_harmful"])
+@pytest.mark.parametrize("name", ["train_harmlessness", "judge_harmlessness", "eval_benign", "eval_harmful", DEV])
 def test_no_prompt_is_taken_from_xstest(name: str) -> None:
     published = [trigrams(prompt) for prompt in external_prompts()]
     copied = [row["id"] for row in rows_of(name) if max(jaccard(trigrams(row["prompt"]), other) for other in published) >= 0.5]
@@ -166,7 +178,7 @@ def test_replies_invent_no_telephone_numbers_or_links(name: str) -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("name", [*PAIRS, *PROMPTS])
+@pytest.mark.parametrize("name", [*PAIRS, *PROMPTS, DEV])
 def test_the_data_sheet_states_the_counts(name: str) -> None:
     sheet = (FOLDER / "DATASHEET.md").read_text(encoding="utf-8")
     line = re.search(rf"^\| `{name}\.jsonl` \| (\d+) \|", sheet, flags=re.MULTILINE)

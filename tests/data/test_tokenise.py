@@ -314,6 +314,32 @@ def test_kto_makes_two_labelled_rows_of_a_pair_and_answers_of_other_prompts(word
     assert [branch.role for branch in made[0].branches] == ["sample", "mismatched"]
 
 
+def test_bco_s_labelled_rows_are_kto_s_without_the_other_reply(word_tokenizer: Make) -> None:
+    rows = [
+        pair("w1", "w10", "w20", name="pair"),
+        record("w3", Reply("w13", "sample", label=True), Reply("w14", "sample", label=False), Reply("w15", "sample"), name="two"),
+        record("w4", Reply("w16", "sample", label=False), name="one"),
+        record("w5", Reply("w17", "sample"), Reply("w18", "sample"), name="unlabelled"),
+    ]
+    made, accounting = tokenise(rows, word_tokenizer(), TokeniseSettings(), ("sample",), facts=("label",))
+    found = [(row.id, [(branch.role, shown(word_tokenizer(), branch.ids), branch.facts) for branch in row.branches]) for row in made]
+    assert found == [
+        ("pair/chosen", [("sample", "w10 <|end|>", {"label": 1.0})]),
+        ("pair/rejected", [("sample", "w20 <|end|>", {"label": 0.0})]),
+        ("two/0", [("sample", "w13 <|end|>", {"label": 1.0})]),
+        ("two/1", [("sample", "w14 <|end|>", {"label": 0.0})]),
+        ("one", [("sample", "w16 <|end|>", {"label": 0.0})]),
+    ]
+    assert accounting.dropped["no 'sample' reply"].rows == ["unlabelled"]
+
+
+def test_a_reply_alone_is_no_list(word_tokenizer: Make) -> None:
+    rows = [record("w1", *(Reply("w2", "sample") for _ in range(size)), name=f"of {size}") for size in (1, 2)]
+    made, accounting = tokenise(rows, word_tokenizer(), TokeniseSettings(), ("sample",))
+    assert made.ids == ["of 2"]
+    assert accounting.dropped["no list of two or more replies"].rows == ["of 1"]
+
+
 def test_a_mismatched_reply_is_never_of_the_same_prompt_and_costs_nothing(word_tokenizer: Make) -> None:
     long = words(0, 50)
     rows = [

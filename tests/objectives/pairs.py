@@ -11,6 +11,7 @@ so h = r_w − r_l = 3, ℓ_w − ℓ_l = 10, and the means differ by 2 (policy)
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -35,6 +36,22 @@ def worked_pair(*roles: str) -> Scored:
     policy, reference = rows(0), rows(1)
     role = torch.tensor([REPLY_ROLES.index(name) for name in roles])
     return Scored(policy, reference, policy != 99.0, torch.zeros(len(roles), dtype=torch.long), role)
+
+
+def with_stat(view: Scored, name: str, *replies: list[float]) -> Scored:
+    """The view with a statistic of each reply's tokens; 99 beyond its end."""
+    rows = [values + [99.0] * (view.mask.shape[1] - len(values)) for values in replies]
+    return replace(view, stats={name: torch.tensor(rows, dtype=torch.float64)})
+
+
+def short_pairs(*pairs: tuple[float, float, float, float]) -> Scored:
+    """Pairs of one-token replies: log π_θ and log π_ref of the chosen one, then of the rejected one."""
+    policy = [value for pair in pairs for value in (pair[0], pair[2])]
+    reference = [value for pair in pairs for value in (pair[1], pair[3])]
+    role = torch.tensor([REPLY_ROLES.index("chosen"), REPLY_ROLES.index("rejected")] * len(pairs))
+    tensors = [torch.tensor(values, dtype=torch.float64)[:, None] for values in (policy, reference)]
+    mask = torch.ones(2 * len(pairs), 1, dtype=torch.bool)
+    return Scored(tensors[0], tensors[1], mask, torch.arange(len(pairs)).repeat_interleave(2), role)
 
 
 def minus_log_sigmoid(margin: float) -> float:

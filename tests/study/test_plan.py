@@ -35,9 +35,10 @@ def test_every_bundled_study_plans_with_nothing_at_hand(name, tmp_path, monkeypa
     """Without the models, the data folder or a network: estimates where the study gives them, notes where it does not."""
     monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    plan = plan_study(load_study(name), machine=MACHINE)
+    study = load_study(name)
+    plan = plan_study(study, machine=MACHINE)
     assert {row.node.kind for row in plan.stages} >= {"train", "generate", "score"}
-    assert set(plan.spent) == {"sft", "dpo", "sft_dpo"}
+    assert set(plan.spent) == {arm for arm, stages in study.arms.items() if stages}
     assert plan.warnings
 
 
@@ -217,3 +218,18 @@ def test_prompts_that_stand_twice_are_asked_once_and_limits_hold(values, files):
     assert plan_study(make(values), machine=MACHINE).prompts == {"helpful": 5, "harmful": 3, "benign": 3}
     values["evaluation"]["prompts"] = [{"source": files["prompts"], "axes": ["benign"], "limit": 1}]
     assert plan_study(make(values), machine=MACHINE).prompts == {"benign": 1}
+
+
+def test_a_stage_may_start_from_the_base_and_be_compared_with_the_one_before(values):
+    """Pre-DPO: the model trained first is the reference of a second run from the beginning."""
+    values["stages"]["guided"] = {**values["stages"]["dpo"], "start": "base", "reference": "previous"}
+    values["stages"]["anchored"] = {**values["stages"]["dpo"], "reference": "base"}
+    values["arms"] |= {"pre_dpo": ["dpo", "guided"], "anchored": ["sft", "anchored"]}
+    arms = {arm.name: arm for arm in build_graph(StudySettings.make(values)).arms}
+    first, second = arms["pre_dpo"].training
+    assert second.start is None
+    assert second.reference is first
+    assert arms["pre_dpo"].generate.start is second
+    assert arms["anchored"].training[1].start is arms["anchored"].training[0]
+    assert arms["anchored"].training[1].reference == "base"
+    assert arms["sft_dpo"].training[1].reference == "start"

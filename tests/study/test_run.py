@@ -274,3 +274,18 @@ def test_opt350m_runs_with_local_stand_ins(tiny, tmp_path, capsys):
     evaluation = read_json(folder / "evaluation" / "evaluation.json")
     assert evaluation["models"]["base"]["estimates"]["cas"]["value"] is not None
     assert evaluation["independence"]["unknown"]  # nobody knows what the stand-in judge was trained on
+
+
+def test_a_guide_is_trained_first_and_then_only_compared_with(values, tmp_path):
+    values["stages"]["guided"] = {**values["stages"]["dpo"], "start": "base", "reference": "previous"}
+    values["arms"] = {"base": [], "pre_dpo": ["dpo", "guided"]}
+    values["primary"] = []
+    values["evaluation"]["null_policies"] = []
+    folder = run_study(make(values), tmp_path / "study", report=False)
+    settings = read_json(stage(folder, "train", "guided") / "settings.json")
+    assert settings["model_name_or_path"] == values["model_name_or_path"]
+    assert Path(settings["reference_model"]) == stage(folder, "train", "dpo") / "model"
+    # Against a trained guide the untrained policy does not start at ln 2.
+    first = next(line for line in read_jsonl(stage(folder, "train", "guided") / "log.jsonl") if "loss" in line)
+    assert first["loss"] != pytest.approx(0.6931, abs=1e-3)
+    assert {arm["name"]: arm["status"] for arm in read_json(folder / "arms.json")["arms"]}["pre_dpo"] == "done"

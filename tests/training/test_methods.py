@@ -66,7 +66,7 @@ def test_scored_lists(base: Path, name: str) -> None:
     assert log[-1]["loss"] < log[0]["loss"] - 0.02
     assert log[-1]["rewards/accuracies"] > 0.8
     dropped = read_json(base.parent / "out" / "accounting.json")["main"]["train"][1]["dropped"]
-    assert {reason: entry["count"] for reason, entry in dropped.items()} == {"fewer than 2 replies": 1}
+    assert {reason: entry["count"] for reason, entry in dropped.items()} == {"no list of two or more replies": 1}
 
 
 def test_a_list_of_one_among_token_rows_is_refused() -> None:

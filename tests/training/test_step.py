@@ -16,7 +16,7 @@ from equipoise.data.rows import TokenRow
 from equipoise.models.attention import NAME, attention_of, register
 from equipoise.models.batch import Form
 from equipoise.objectives._base import Losses, Objective, Scored
-from equipoise.objectives._load import build, from_callable
+from equipoise.objectives._load import build, from_callable, load_class, methods
 from equipoise.reference.build import build as build_store
 from equipoise.reference.key import Context
 from equipoise.reference.store import ReferenceStore
@@ -27,17 +27,13 @@ from tests.tiny import pairs, row, tiny
 
 register()
 CPU = torch.device("cpu")
+COUPLED = [name for name in methods() if load_class(name).needs.coupled]
 
 
-def labelled(count: int = 8) -> list[TokenRow]:
+def labelled(*roles: str, count: int = 8) -> list[TokenRow]:
     generator = np.random.default_rng(1)
     return [
-        row(
-            f"k{number}",
-            int(generator.integers(1, 20)),
-            {"sample": int(generator.integers(1, 9)), "mismatched": int(generator.integers(1, 9))},
-            label=number % 2,
-        )
+        row(f"k{number}", int(generator.integers(1, 20)), {role: int(generator.integers(1, 9)) for role in roles}, label=number % 2)
         for number in range(count)
     ]
 
@@ -69,10 +65,14 @@ def step_gradient(streams: list[Stream], budget: int, form: Form = "packed", mod
     return float(loss), gradient
 
 
-@pytest.mark.parametrize("spec", [{"name": "dpo"}, {"name": "kto"}, {"name": "sft"}], ids=lambda spec: spec["name"])
-def test_any_cut_gives_the_same_step(spec: dict[str, Any], tmp_path: Path) -> None:
-    objective = build(spec)
-    rows = {"dpo": pairs(), "kto": labelled(), "sft": [row(f"s{n}", 3 + n, {"gold": 1 + 3 * n}) for n in range(8)]}[spec["name"]]
+@pytest.mark.parametrize("name", ["dpo", "sft", *COUPLED])
+def test_any_cut_gives_the_same_step(name: str, tmp_path: Path) -> None:
+    objective = build({"name": name})
+    roles = objective.needs.roles
+    if "sample" in roles:
+        rows = labelled(*roles)
+    else:
+        rows = pairs() if "chosen" in roles else [row(f"s{n}", 3 + n, {"gold": 1 + 3 * n}) for n in range(8)]
     stream = Stream("main", rows, objective)
     if objective.needs.reference == "stored":
         stream.store = store_for(rows, tmp_path)

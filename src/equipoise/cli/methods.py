@@ -112,7 +112,7 @@ def _setting(name: str, field: Any) -> dict[str, Any]:
 
 def _needs(needs: dict[str, Any]) -> str:
     """What a method needs, in a few words."""
-    words = ["replies: " + ", ".join(needs["roles"])]
+    words = ["replies: " + ", ".join(needs["roles"]) + (" (a list of them)" if needs["many"] else "")]
     words += [f"reference: {needs['reference']}"] if needs["reference"] != "none" else []
     words += [f"facts: {', '.join(needs['facts'])}"] if needs["facts"] else []
     words += [f"statistics: {', '.join(needs['stats'])}"] if needs["stats"] else []

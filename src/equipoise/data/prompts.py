@@ -23,18 +23,23 @@ from equipoise.data.transcripts import parse_prompt
 
 STARTER = {"helpful": "eval_helpful.jsonl", "harmful": "eval_harmful.jsonl", "benign": "eval_benign.jsonl"}
 AXES = tuple(STARTER)
+STARTER_DEV = "dev_prompts.jsonl"
+"""Prompts to choose settings on, so that nothing is chosen on the evaluation's."""
 
 
 def load_prompts(name: str = "starter", limit: int | None = None) -> list[dict[str, Any]]:
     """Evaluation prompts as `{"id", "prompt": [{"role", "content"}…], "axis", "topic"}`, in file order.
 
-    name: 'starter' for the bundled ones, or the path of a data file with `prompt` (text or messages), `axis` and
-    optionally `id` and `topic`. limit: at most so many of each axis, the first ones.
+    name: 'starter' for the bundled ones, 'starter:dev' for those to choose settings on, or the path of a data file with
+    `prompt` (text or messages), `axis` and optionally `id` and `topic`. limit: at most so many of each axis, the first ones.
     Raises DataError naming the line of a prompt that cannot be used, and for doubled ids or no prompts.
     """
     rows: Iterable[dict[str, Any]]
     if name == "starter":
         rows = chain.from_iterable(_of_axis(axis, file) for axis, file in STARTER.items())
+    elif name == "starter:dev":
+        path = starter.FOLDER / STARTER_DEV
+        rows = (_prompt(row, row.values.get("axis")) for row in read_file(path, stem_of(path)))
     else:
         rows = (_prompt(row, row.values.get("axis")) for row in read(DataSettings(dataset_name=name)))
     prompts: list[dict[str, Any]] = []
@@ -61,7 +66,7 @@ def other_prompts(name: str) -> PromptPrints:
     """Prints of the prompts of any source, by first turn and by whole conversation, to keep data apart from them.
 
     name: a `trained_on.npz`; a JSON array of texts; a file, folder or hub set with a `prompt` column or in a known
-    format; 'starter' (its evaluation prompts), 'starter:train' or 'starter:judge' (its pairs).
+    format; 'starter' (its evaluation prompts), 'starter:dev', 'starter:train' or 'starter:judge' (its pairs).
     """
     if name.endswith(".npz"):
         return PromptPrints.load(name)
@@ -92,8 +97,8 @@ def _prompt(row: Row, axis: Any) -> dict[str, Any]:
 
 
 def _prompts_of(name: str) -> list[tuple[Message, ...]]:
-    if name == "starter":
-        return [tuple(Message(turn["role"], turn["content"]) for turn in row["prompt"]) for row in load_prompts()]
+    if name in ("starter", "starter:dev"):
+        return [tuple(Message(turn["role"], turn["content"]) for turn in row["prompt"]) for row in load_prompts(name)]
     if name.startswith("starter:"):
         settings = DataSettings(dataset_name="starter", dataset_config_name=name.partition(":")[2])
         rows = chain.from_iterable(read_file(path, stem_of(path)) for path in starter.files(settings))

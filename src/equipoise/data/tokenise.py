@@ -26,12 +26,7 @@ MISMATCHED_CUT = "mismatched replies cut at max_length"
 
 
 def tokenise(
-    records: Iterable[Record],
-    tokenizer: Any,
-    settings: TokeniseSettings,
-    roles: tuple[str, ...],
-    facts: tuple[str, ...] = (),
-    least: int = 1,
+    records: Iterable[Record], tokenizer: Any, settings: TokeniseSettings, roles: tuple[str, ...], facts: tuple[str, ...] = ()
 ) -> tuple[TokenRows, Accounting]:
     """Token rows with one branch per role (see `data/units.py` for what each role takes), and what happened to each.
 
@@ -39,9 +34,8 @@ def tokenise(
         records: what `load` gives.
         tokenizer: a transformers tokenizer.
         settings: limit, transcript style, what is learned.
-        roles: ('chosen', 'rejected'), ('gold',), ('sample', 'mismatched') for KTO, ('sample',) for lists, ….
+        roles: ('chosen', 'rejected'), ('gold',), ('sample', 'mismatched') for KTO, ('sample',) for lists (for BCO with the fact label), ….
         facts: facts every reply must have; units without are dropped and counted.
-        least: replies a unit must have at least; 2 for objectives on lists.
 
     Returns:
         The rows (none where every unit was dropped: the accounting says why) and the accounting.
@@ -52,7 +46,7 @@ def tokenise(
     """
     accounting = Accounting()
     encoder = Encoder(tokenizer, settings)
-    made = units(records, roles, facts, accounting, least=least)
+    made = units(records, roles, facts, accounting)
     rows = [row for some in batches(made, BATCH) for row in tokenise_units(some, encoder, accounting)]
     return TokenRows.of(rows), accounting.check()
 

@@ -5,7 +5,8 @@
 | `chosen`, `rejected` | those replies; of a scored list its best and its worst |
 | `gold` | the gold reply, else the chosen one, else a sample labelled good, else the best-scored sample |
 | `sample`, `mismatched` | KTO: a labelled sample, or a pair as two labelled samples; beside each, the reply to another prompt |
-| `sample` | every reply of the record, as a list |
+| `sample`, with the fact `label` | BCO: labelled samples, or a pair as two, as for KTO, without the other reply |
+| `sample` alone, without it | every reply of the record, as a list; a record with one reply is none |
 """
 
 from __future__ import annotations
@@ -20,47 +21,37 @@ from equipoise.core.records import REPLY_ROLES, Record, Reply
 from equipoise.data._mismatched import with_mismatched
 from equipoise.data.accounting import Accounting
 
-KTO = ("sample", "mismatched")
+KTO, LIST = ("sample", "mismatched"), ("sample",)
 
 
 def units(
-    records: Iterable[Record],
-    roles: tuple[str, ...],
-    facts: tuple[str, ...],
-    accounting: Accounting,
-    spool: Path | None = None,
-    least: int = 1,
+    records: Iterable[Record], roles: tuple[str, ...], facts: tuple[str, ...], accounting: Accounting, spool: Path | None = None
 ) -> Iterator[Record]:
     """Units of all records that have what is asked for, one by one; the others are counted.
 
-    For KTO a pair becomes two units, `<id>/chosen` and `<id>/rejected`, and counts as two rows. Its other replies come
-    from anywhere in the data, so all units are gathered first: in memory, or in the file `spool` (written afresh).
+    For KTO and BCO a pair becomes two units, `<id>/chosen` and `<id>/rejected`, and counts as two rows. KTO's other
+    replies come from anywhere in the data, so all units are gathered first: in memory, or in the file `spool` (written afresh).
     facts: names every reply must have (`safe`, `label`, a score); a mismatched reply is exempt.
-    least: replies a unit must have at least (2 for objectives on lists).
     Raises UsageError for unknown roles, DataError (at the end) where no record has them.
     """
     for role in roles:
         if role not in REPLY_ROLES:
             raise UsageError(f"There is no reply role {role!r}.{nearest(role, REPLY_ROLES)}")
-    made = _made(records, roles, facts, accounting, least)
+    made = _made(records, roles, facts, accounting)
     if "mismatched" not in roles:
         return made
     return with_mismatched(made, spool)
 
 
-def _made(
-    records: Iterable[Record], roles: tuple[str, ...], facts: tuple[str, ...], accounting: Accounting, least: int
-) -> Iterator[Record]:
-    labelled, wanted = set(roles) == set(KTO), " and ".join(repr(role) for role in roles if role != "mismatched")
+def _made(records: Iterable[Record], roles: tuple[str, ...], facts: tuple[str, ...], accounting: Accounting) -> Iterator[Record]:
+    labelled = set(roles) == set(KTO) or (roles == LIST and "label" in facts)
+    wanted = "list of two or more replies" if roles == LIST and not labelled else _in_words(roles)
     some = False
     for record in records:
         found = _labelled(record) if labelled else _picked(record, roles)
         if not found:
-            _drop(f"no {wanted} reply", record.id, accounting)
+            _drop(f"no {wanted}", record.id, accounting)
         for unit in found:
-            if len(unit.replies) < least:
-                _drop(f"fewer than {least} replies", unit.id, accounting)
-                continue
             missing = next((name for name in facts for reply in unit.replies if name not in facts_of(reply)), None) if facts else None
             if missing is None:
                 some = True
@@ -69,6 +60,11 @@ def _made(
                 _drop(f"a reply without the fact {missing!r}", unit.id, accounting)
     if not some:
         raise DataError(f"No record has the replies {', '.join(roles)}: {accounting.in_words()}.")
+
+
+def _in_words(roles: tuple[str, ...]) -> str:
+    """`'chosen' and 'rejected' reply`, without the mismatched one, which is not the record's."""
+    return " and ".join(repr(role) for role in roles if role != "mismatched") + " reply"
 
 
 def _drop(reason: str, name: str, accounting: Accounting) -> None:
@@ -88,8 +84,9 @@ def facts_of(reply: Reply) -> dict[str, float]:
 
 def _picked(record: Record, roles: tuple[str, ...]) -> list[Record]:
     """The record with exactly the replies asked for, in that order; nothing where one is missing."""
-    if roles == ("sample",):
-        return [replace(record, replies=tuple(replace(reply, role="sample") for reply in record.replies))]
+    if roles == LIST:
+        replies = [replace(reply, role="sample") for reply in record.replies]
+        return [replace(record, replies=tuple(replies))] if len(replies) > 1 else []
     replies = []
     for role in roles:
         reply = _pick(record, role)

@@ -40,10 +40,10 @@ class HeadLogps(torch.autograd.Function):
         rows, vocabulary = len(hidden), len(weight)
         keep = ctx.kind == "trained" and rows * vocabulary * hidden.element_size() <= KEEP_BYTES
         kept = hidden.new_empty(rows, vocabulary) if keep else None
-        values = torch.empty(rows, dtype=_wide(hidden.dtype), device=hidden.device)
+        values = torch.empty(rows, dtype=wide_dtype(hidden.dtype), device=hidden.device)
         tops, sums = torch.empty_like(values), torch.empty_like(values)
         direction = torch.empty_like(hidden) if ctx.kind == "frozen" else None
-        for cut in _chunks(hidden, vocabulary):
+        for cut in chunks(hidden, vocabulary):
             out = None if kept is None else kept[cut]
             exponentials, picked, tops[cut], sums[cut] = _exponentials(hidden[cut], matrix, bias, target[cut], out)
             values[cut] = picked - sums[cut].log()
@@ -63,9 +63,9 @@ class HeadLogps(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         matrix = weight.to(hidden.dtype)
         to_hidden = torch.empty_like(hidden) if needs_hidden else None
-        to_weight = torch.empty_like(weight, dtype=_wide(weight.dtype)) if needs_weight else None
-        to_bias = torch.zeros_like(bias, dtype=_wide(weight.dtype)) if needs_bias else None
-        for number, cut in enumerate(_chunks(hidden, len(weight))):
+        to_weight = torch.empty_like(weight, dtype=wide_dtype(weight.dtype)) if needs_weight else None
+        to_bias = torch.zeros_like(bias, dtype=wide_dtype(weight.dtype)) if needs_bias else None
+        for number, cut in enumerate(chunks(hidden, len(weight))):
             again = kept is None
             exponentials = _exponentials(hidden[cut], matrix, bias, target[cut], None, tops[cut])[0] if again else kept[cut]
             scale = gradient[cut]
@@ -96,10 +96,8 @@ class HeadLogps(torch.autograd.Function):
 
 def head_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
     """log π(target) of each row of hidden states. [R, H], [V, H], [V] or None, [R] → [R] nats. Under autocast in its dtype."""
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        hidden = hidden.to(torch.get_autocast_dtype(kind))
-    with torch.autocast(kind, enabled=False):
+    hidden = hidden.to(forward_dtype(hidden))
+    with torch.autocast(hidden.device.type, enabled=False):
         return HeadLogps.apply(hidden, weight, bias, target)  # type: ignore[no-untyped-call]
 
 
@@ -109,15 +107,16 @@ def can_replace(head: Any) -> bool:
 
 
 @contextmanager
-def replaced_head(head: Any, source: Tensor, target: Tensor) -> Iterator[None]:
-    """Within this block an output layer returns log-probs [1, R, 1] of the targets at flat positions `source` instead of logits.
+def replaced_head(head: Any, source: Tensor, read: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Iterator[None]:
+    """Within this block an output layer returns what `read` makes of the hidden states at flat positions `source`, not logits.
 
-    It still runs inside the model's own forward, where DDP, FSDP and PEFT expect its weight to be read.
+    read: (hidden [R, H], weight [V, H], bias [V] or None) → [R, C], which the model hands on as its logits [1, R, C]. It
+    still runs inside the model's own forward, where DDP, FSDP and PEFT expect the layer's weight to be read.
     """
 
     def forward(hidden: Tensor) -> Tensor:
         chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, source)
-        return head_logps(chosen, head.weight, head.bias, target)[None, :, None]
+        return read(chosen, head.weight, head.bias)[None]
 
     own: Callable[..., Any] | None = head.__dict__.get("forward")
     head.forward = forward
@@ -140,7 +139,7 @@ def _exponentials(
     logits = torch.mm(hidden, weight.t(), out=out) if out is not None else torch.mm(hidden, weight.t())
     if bias is not None:
         logits += bias
-    wide = logits.to(_wide(logits.dtype))
+    wide = logits.to(wide_dtype(logits.dtype))
     top = wide.amax(1) if top is None else top
     picked = wide.gather(1, target[:, None])[:, 0] - top
     total = wide.sub_(top[:, None]).exp_().sum(1)
@@ -155,7 +154,8 @@ def _direction(exponentials: Tensor, sums: Tensor, weight: Tensor, target: Tenso
     return torch.sub(weight.index_select(0, target), mean.mul_((1 / sums)[:, None].to(mean.dtype)), out=mean)
 
 
-def _chunks(hidden: Tensor, vocabulary: int) -> Iterator[slice]:
+def chunks(hidden: Tensor, vocabulary: int) -> Iterator[slice]:
+    """Slices of the rows of `hidden`, as equal as can be, each with float32 logits of at most `CHUNK_BYTES`."""
     rows = len(hidden)
     size = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"]) // (4 * vocabulary))
     # Equal chunks rather than a small rest, which would be a slow product.
@@ -163,5 +163,12 @@ def _chunks(hidden: Tensor, vocabulary: int) -> Iterator[slice]:
     return (slice(first, last) for first, last in pairwise(round(rows * number / count) for number in range(count + 1)))
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a log-softmax is computed in: float32, or float64 for float64 numbers."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def forward_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype the head computes its products in: autocast's where it is on, else the hidden states' own."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype

@@ -8,6 +8,7 @@ serves every family and is what the chunked one is checked against. The log-soft
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -18,7 +19,8 @@ from equipoise.core.errors import NumericsError
 from equipoise.data.rows import Branch, TokenRow
 from equipoise.models.attention import packed_rows
 from equipoise.models.batch import PackedBatch, pack
-from equipoise.models.heads import can_replace, replaced_head
+from equipoise.models.heads import can_replace, head_logps, replaced_head
+from equipoise.models.stats import head_statistics, statistics
 
 Tensor = torch.Tensor
 Head = Literal["chunked", "logits"]
@@ -63,7 +65,33 @@ def policy_logps(model: Any, batch: PackedBatch, head: Head | None = None) -> Te
     head: None takes the one that serves this model.
     """
     chunked = (head or head_of(model, batch)) == "chunked"
-    values = _chunked(model, batch) if chunked else token_logps(_logits(model, batch), batch.target)
+    values = _chunked(model, batch) if chunked else token_logps(reply_logits(model, batch), batch.target)
+    return by_reply(batch, values)
+
+
+def policy_statistics(
+    model: Any, batch: PackedBatch, names: Sequence[str], reference: Tensor | None = None, head: Head | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`policy_logps`, and statistics of the whole distribution at each reply token (`models/stats.py`), in one forward pass.
+
+    reference: [R, V] logits of the reference (`reply_logits`), for kl_ref. Returns [N, T] log-probs and name → [N, T], 0
+    where a reply has no token.
+    """
+    if (head or head_of(model, batch)) == "chunked":
+
+        def read(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return head_statistics(hidden, weight, bias, batch.target, names, reference)
+
+        with replaced_head(unwrapped(model).get_output_embeddings(), batch.source, read):
+            table = _run(model, batch)[0]
+    else:
+        table = statistics(reply_logits(model, batch), batch.target, names, reference)
+    logps, *stats = (by_reply(batch, column) for column in table.unbind(1))
+    return logps, dict(zip(names, stats, strict=True))
+
+
+def by_reply(batch: PackedBatch, values: Tensor) -> Tensor:
+    """[R] values of reply tokens as [N, T], 0 elsewhere."""
     empty = torch.zeros(batch.mask.shape, dtype=values.dtype, device=values.device)
     return empty.index_put((batch.branch, batch.offset), values)
 
@@ -88,7 +116,7 @@ def _heads_agree(model: Any, batch: PackedBatch) -> bool:
     model.eval()
     try:
         with torch.no_grad():
-            ours, native = _chunked(model, probe), token_logps(_logits(model, probe), probe.target)
+            ours, native = _chunked(model, probe), token_logps(reply_logits(model, probe), probe.target)
     finally:
         model.train(training)
     low = any(parameter.dtype.itemsize == 2 for parameter in model.parameters()) or torch.is_autocast_enabled(batch.ids.device.type)
@@ -97,7 +125,11 @@ def _heads_agree(model: Any, batch: PackedBatch) -> bool:
 
 def _chunked(model: Any, batch: PackedBatch) -> Tensor:
     """[R] log-probs through the chunked head."""
-    with replaced_head(unwrapped(model).get_output_embeddings(), batch.source, batch.target):
+
+    def read(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return head_logps(hidden, weight, bias, batch.target)[:, None]
+
+    with replaced_head(unwrapped(model).get_output_embeddings(), batch.source, read):
         return _run(model, batch)[0, :, 0]
 
 
@@ -120,8 +152,8 @@ def _run(model: Any, batch: PackedBatch, **more: Any) -> Tensor:
     return model(**inputs, attention_mask=batch.padding.long()).logits
 
 
-def _logits(model: Any, batch: PackedBatch) -> Tensor:
-    """[R, V] logits that predict each reply token."""
+def reply_logits(model: Any, batch: PackedBatch) -> Tensor:
+    """[R, V] logits that predict each reply token, in the model's dtype: all of them at once."""
     if not takes_logits_to_keep(model):
         return _run(model, batch).flatten(0, 1).index_select(0, batch.source)
     if batch.padding is None:

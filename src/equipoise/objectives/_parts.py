@@ -1,4 +1,4 @@
-"""Pieces objectives share: stable links, the two sides of a pair, and the meters every pairwise method reports under TRL's names."""
+"""Pieces objectives share: stable links, labels, ranks, the two sides of a pair, and the meters methods report under TRL's names."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch.nn.functional import softplus
 
+from equipoise.core.errors import DataError
 from equipoise.objectives._base import Losses, Scored
 
 Tensor = torch.Tensor
@@ -38,6 +39,32 @@ def pair_meters(
     if chosen_logps is not None and rejected_logps is not None:
         meters |= {"logps/chosen": chosen_logps.detach(), "logps/rejected": rejected_logps.detach()}
     return meters
+
+
+def desirable(sample: Scored, method: str) -> Tensor:
+    """[U] True where the reply is labelled desirable. Raises DataError where a label is missing."""
+    label = sample.facts.get("label")
+    if label is None or bool(torch.isnan(label).any()):
+        raise DataError(f"{method} needs a label (true or false) for every reply.")
+    return label > 0.5
+
+
+def label_meters(sample: Scored, good: Tensor, rewards: Tensor) -> Mapping[str, Tensor]:
+    """[U] meters of labelled replies: rewards and log-probs, of desirable ones as chosen and of others as rejected, else NaN."""
+    reward, logps = rewards.detach(), sample.policy_logps().detach()
+    missing = torch.full_like(reward, torch.nan)
+    return {
+        "rewards/chosen": torch.where(good, reward, missing),
+        "rewards/rejected": torch.where(good, missing, reward),
+        "logps/chosen": torch.where(good, logps, missing),
+        "logps/rejected": torch.where(good, missing, logps),
+    }
+
+
+def of_same_rank(values: Tensor, others: Tensor) -> Tensor:
+    """[U] for each value, the one of `others` that has its rank in ascending order; ties rank in the order given."""
+    ranks = torch.argsort(torch.argsort(values, stable=True))
+    return torch.sort(others).values[ranks]
 
 
 def log1mexp(logps: Tensor) -> Tensor:
@@ -84,10 +111,11 @@ class Pair:
         """[U] chosen reward − rejected reward."""
         return self.chosen_rewards - self.rejected_rewards
 
-    def losses(self, loss: Tensor) -> Losses:
-        """These losses [U] with the meters of a pair."""
+    def losses(self, loss: Tensor, **more: Tensor) -> Losses:
+        """These losses [U] with the meters of a pair and more of them, by name."""
         logps = self.chosen.policy_logps(), self.rejected.policy_logps()
-        return Losses(loss, pair_meters(self.chosen_rewards, self.rejected_rewards, *logps))
+        more = {name: value.detach() for name, value in more.items()}
+        return Losses(loss, {**pair_meters(self.chosen_rewards, self.rejected_rewards, *logps), **more})
 
 
 def ratio_pair(scored: Scored, beta: float, reduction: Reduction = "sum") -> Pair:

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from equipoise.core.errors import DataError
 from equipoise.objectives._base import Losses, Needs, Objective, Scored
+from equipoise.objectives._parts import desirable, label_meters
 
 
 class KTO(Objective):
@@ -32,28 +32,14 @@ class KTO(Objective):
     def __call__(self, scored: Scored) -> Losses:
         """[U] losses of labelled replies. Raises DataError where a label is missing."""
         sample, mismatched = scored.side("sample"), scored.side("mismatched")
-        label = sample.facts["label"]
-        if bool(torch.isnan(label).any()):
-            raise DataError("KTO needs a label (true or false) for every reply.")
-        desirable = label > 0.5
+        good = desirable(sample, "KTO")
         ratio = sample.logratios()
         baseline = mismatched.logratios().mean().clamp(min=0).detach()
         rewards = self.beta * (ratio - baseline)
         # 1 − σ(u) = σ(−u), which keeps its digits when u is large.
         loss = torch.where(
-            desirable,
+            good,
             self.desirable_weight * torch.sigmoid(-rewards),
             self.undesirable_weight * torch.sigmoid(rewards),
         )
-        missing = torch.full_like(ratio, torch.nan)
-        reward, logps = self.beta * ratio.detach(), sample.policy_logps().detach()
-        return Losses(
-            loss,
-            {
-                "rewards/chosen": torch.where(desirable, reward, missing),
-                "rewards/rejected": torch.where(desirable, missing, reward),
-                "logps/chosen": torch.where(desirable, logps, missing),
-                "logps/rejected": torch.where(desirable, missing, logps),
-                "kl": baseline.expand_as(ratio),
-            },
-        )
+        return Losses(loss, {**label_meters(sample, good, self.beta * ratio), "kl": baseline.expand_as(ratio)})

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from equipoise.core.files import fingerprint
-from equipoise.study.settings import JudgeSettings, StageSettings, StreamReference, StudySettings
+from equipoise.study.settings import JudgeSettings, PromptSource, StageSettings, StreamReference, StudySettings
 
 Kind = Literal["train", "held_out", "generate", "score"]
 
@@ -19,8 +19,10 @@ class Node:
 
     key: 16 hex digits of everything it is computed from (its own settings and those of all stages before it).
     start: the training stage whose model it starts from or asks; None: the base (for the judge: its backbone).
+    reference: what a training stage is compared with: what it starts from, the base, or another training stage's model.
     streams: data blocks and objectives of a training stage; training: its resolved overrides.
     policy: name of a null policy where a `generate` or `score` stage belongs to one.
+    search: whether a `generate` or `score` stage asks the prompts of the search, not those of the evaluation.
     """
 
     key: str
@@ -32,15 +34,13 @@ class Node:
     training: Mapping[str, Any] = field(default_factory=dict)
     dev: bool = False
     judge: bool = False
+    reference: Literal["start", "base"] | Node = "start"
     policy: str | None = None
+    search: bool = False
 
     def folder(self, study: Path) -> Path:
         """Where the stage writes."""
         return study / "stages" / f"{self.kind}-{self.name}-{self.key}"
-
-    def lineage(self) -> list[Node]:
-        """The training stages behind a model, first to last, this one included."""
-        return [*(self.start.lineage() if self.start else []), *([self] if self.kind == "train" else [])]
 
 
 @dataclass(frozen=True)
@@ -62,51 +62,91 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Search:
+    """What an arm tries before it is evaluated: a learning rate each, and the arm it makes."""
+
+    arm: str
+    candidates: tuple[tuple[float, Arm], ...]
+
+
+@dataclass(frozen=True)
 class Graph:
-    """Everything a study runs: the judge's stages, then the arms (null policies last); shared nodes are the same key."""
+    """Everything a study runs: the judge's stages, the searches, the arms (null policies last); shared nodes are the same key."""
 
     judge: tuple[Node, ...]
     arms: tuple[Arm, ...]
+    searches: tuple[Search, ...] = ()
 
     def nodes(self) -> list[Node]:
         """Every stage once, in the order it runs."""
         found: dict[str, Node] = {}
-        for node in [*self.judge, *(node for arm in self.arms for node in arm.nodes())]:
+        tried = [arm for search in self.searches for _, arm in search.candidates]
+        for node in [*self.judge, *(node for arm in [*tried, *self.arms] for node in arm.nodes())]:
             found.setdefault(node.key, node)
         return list(found.values())
 
     def users(self, node: Node) -> list[str]:
         """Names of the arms that need a stage; empty for the judge's."""
-        return list(dict.fromkeys(arm.name for arm in self.arms if any(item.key == node.key for item in arm.nodes())))
+        arms = [(search.arm, arm) for search in self.searches for _, arm in search.candidates] + [(arm.name, arm) for arm in self.arms]
+        return list(dict.fromkeys(name for name, arm in arms if any(item.key == node.key for item in arm.nodes())))
 
 
-def build_graph(study: StudySettings) -> Graph:
-    """The graph of a study. Stages with equal settings, data and start share one node per seed."""
+def build_graph(study: StudySettings, chosen: Mapping[str, float] | None = None) -> Graph:
+    """The graph of a study. Stages with equal settings, data and start share one node per seed.
+
+    chosen: arm → the learning rate its search has found; until then the first one tried stands for it.
+    """
     judge = _judge_nodes(study, study.judge)
     scorer = judge[0].key if judge and judge[0].kind == "train" else fingerprint(study.judge.resolved())
-    arms = []
+    arms, searches = [], []
     for name in study.arms:
         stages = study.arm_stages(name)
+        if study.search is not None and name in study.searched():
+            rates = study.search.learning_rates
+            searches.append(Search(name, tuple((rate, _candidate(study, name, at_rate(stages, rate), scorer)) for rate in rates)))
+            stages = at_rate(stages, (chosen or {}).get(name, rates[0]))
         # An untrained arm is the same whatever the seed, so it is asked once.
         for seed in study.seeds if stages else study.seeds[:1]:
             arms.append(_arm(study, name, seed, stages, scorer))
     for policy in study.evaluation.null_policies:
         generate = _ask(study, policy, None, study.seeds[0], policy)
         arms.append(Arm(policy, study.seeds[0], "null", (), generate, _score(study, generate, scorer)))
-    return Graph(judge, tuple(arms))
+    return Graph(judge, tuple(arms), tuple(searches))
+
+
+def at_rate(stages: tuple[StageSettings, ...], rate: float) -> tuple[StageSettings, ...]:
+    """The stages of an arm with another learning rate in the last one."""
+    last = stages[-1]
+    return (*stages[:-1], last.model_copy(update={"training": {**last.training, "learning_rate": rate}}))
 
 
 def _arm(study: StudySettings, name: str, seed: int, stages: tuple[StageSettings, ...], scorer: str) -> Arm:
-    model: Node | None = None
-    chain = []
+    chain = _chain(study, seed, stages)
+    generate = _ask(study, name, chain[-1] if chain else None, seed, None)
+    return Arm(name, seed, "arm", chain, generate, _score(study, generate, scorer))
+
+
+def _candidate(study: StudySettings, name: str, stages: tuple[StageSettings, ...], scorer: str) -> Arm:
+    """An arm with the first seed, asked the prompts of the search."""
+    assert study.search is not None
+    seed = study.seeds[0]
+    chain = _chain(study, seed, stages)
+    generate = _ask(study, f"{name}-search", chain[-1], seed, None, study.search.prompts)
+    return Arm(name, seed, "arm", chain, generate, _score(study, generate, scorer))
+
+
+def _chain(study: StudySettings, seed: int, stages: tuple[StageSettings, ...]) -> tuple[Node, ...]:
+    chain: list[Node] = []
     for stage in stages:
-        model = _train(study, stage, seed, model)
-        chain.append(model)
-    generate = _ask(study, name, model, seed, None)
-    return Arm(name, seed, "arm", tuple(chain), generate, _score(study, generate, scorer))
+        chain.append(_train(study, stage, seed, chain[-1] if chain else None))
+    return tuple(chain)
 
 
-def _train(study: StudySettings, stage: StageSettings, seed: int, start: Node | None) -> Node:
+def _train(study: StudySettings, stage: StageSettings, seed: int, previous: Node | None) -> Node:
+    start = previous if stage.start == "previous" else None
+    reference: Literal["start", "base"] | Node = "base" if stage.reference == "base" and start is not None else "start"
+    if stage.reference == "previous" and previous is not None and previous is not start:
+        reference = previous
     training = {**study.training, **stage.training}
     streams = stage.references()
     recipe = {
@@ -116,27 +156,30 @@ def _train(study: StudySettings, stage: StageSettings, seed: int, start: Node | 
         "training": training,
         "seed": seed,
     }
-    return Node(fingerprint(recipe), "train", _plain(stage.title), seed, start, streams, training, dev=stage.dev)
+    if reference != "start":
+        recipe["reference"] = reference.key if isinstance(reference, Node) else reference
+    return Node(fingerprint(recipe), "train", _plain(stage.title), seed, start, streams, training, dev=stage.dev, reference=reference)
 
 
-def _ask(study: StudySettings, name: str, model: Node | None, seed: int, policy: str | None) -> Node:
+def _ask(study: StudySettings, name: str, model: Node | None, seed: int, policy: str | None, search: Sequence[PromptSource] = ()) -> Node:
     evaluation = study.evaluation
+    prompts = search or evaluation.prompts
     recipe = {
         "model": model.key if model else study.model_name_or_path,
         "policy": policy,
-        "prompts": [source.resolved() for source in evaluation.prompts],
-        "data": {source.data: study.data[source.data].resolved() for source in evaluation.prompts if source.data},
+        "prompts": [source.resolved() for source in prompts],
+        "data": {source.data: study.data[source.data].resolved() for source in prompts if source.data},
         "sampling": evaluation.sampling.resolved(),
         "generation": evaluation.generation,
         # Greedy replies do not depend on the seed; the model's key already does.
         "seed": seed if evaluation.sampling.temperature > 0 else None,
     }
-    return Node(fingerprint(recipe), "generate", _plain(name), seed, model, policy=policy)
+    return Node(fingerprint(recipe), "generate", _plain(name), seed, model, policy=policy, search=bool(search))
 
 
 def _score(study: StudySettings, generate: Node, scorer: str) -> Node:
     recipe = {"replies": generate.key, "scorer": scorer, "scoring": study.evaluation.scoring, "kl": study.evaluation.kl_to_base}
-    return Node(fingerprint(recipe), "score", generate.name, generate.seed, generate, policy=generate.policy)
+    return Node(fingerprint(recipe), "score", generate.name, generate.seed, generate, policy=generate.policy, search=generate.search)
 
 
 def _judge_nodes(study: StudySettings, judge: JudgeSettings) -> tuple[Node, ...]:

@@ -20,22 +20,38 @@ from equipoise.data.transcripts import parse_prompt
 from equipoise.generation._base import Prompt
 from equipoise.study.settings import PromptSource, StudySettings
 
+BUNDLED = ("starter", "starter:dev")
 XSTEST_AXIS = {"safe": "benign", "unsafe": "harmful"}
 
 
 def study_prompts(settings: StudySettings) -> list[Prompt]:
-    """All prompts, in the order of their sources. A prompt that stands twice is asked once.
+    """All evaluation prompts, in the order of their sources. A prompt that stands twice is asked once.
 
     Raises DataError where a source cannot be read or has nothing left, UsageError for a bad setting.
     """
+    return _prompts(settings, "evaluation", settings.evaluation.prompts)
+
+
+def search_prompts(settings: StudySettings, asked: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts of the search without those that the evaluation asks. Raises as `study_prompts`."""
+    if settings.search is None:
+        return []
+    known = {_key(prompt) for prompt in asked}
+    prompts = [prompt for prompt in _prompts(settings, "search", settings.search.prompts) if _key(prompt) not in known]
+    if not prompts:
+        raise DataError("search.prompts: every one of them is asked in the evaluation as well; choose others.")
+    return prompts
+
+
+def _prompts(settings: StudySettings, where: str, sources: Sequence[PromptSource]) -> list[Prompt]:
     found: dict[str, Prompt] = {}
     ids: set[str] = set()
-    for number, source in enumerate(settings.evaluation.prompts):
+    for number, source in enumerate(sources):
         prompts = _limited(_of_source(settings, source), source)
         if not prompts:
-            raise DataError(f"evaluation.prompts.{number}: no prompt is left of {source.source or source.data}.")
+            raise DataError(f"{where}.prompts.{number}: no prompt is left of {source.source or source.data}.")
         for prompt in prompts:
-            key = " ".join(fold("\n\n".join(message.content for message in prompt.messages))) or prompt.id
+            key = _key(prompt)
             if key not in found:
                 name = prompt.id if prompt.id not in ids else f"{number}/{prompt.id}"
                 ids.add(name)
@@ -43,10 +59,15 @@ def study_prompts(settings: StudySettings) -> list[Prompt]:
     return list(found.values())
 
 
+def _key(prompt: Prompt) -> str:
+    """Equal for prompts that differ in spelling only."""
+    return " ".join(fold("\n\n".join(message.content for message in prompt.messages))) or prompt.id
+
+
 def is_at_hand(source: PromptSource, blocks: Mapping[str, DataSettings]) -> bool:
     """Whether the prompts can be read without a network."""
     name = source.source if source.data is None else blocks[source.data].dataset_name
-    return name == "starter" or Path(str(name)).expanduser().exists()
+    return name in BUNDLED or Path(str(name)).expanduser().exists()
 
 
 def _of_source(settings: StudySettings, source: PromptSource) -> list[Prompt]:
@@ -71,8 +92,8 @@ def _of_block(block: DataSettings, source: PromptSource) -> list[Prompt]:
 
 
 def _of_file(name: str, source: PromptSource) -> list[Prompt]:
-    """'starter', JSON lines of prompts, a JSON array of conversations as text, or an XSTest table."""
-    if name == "starter":
+    """'starter', 'starter:dev', JSON lines of prompts, a JSON array of conversations as text, or an XSTest table."""
+    if name in BUNDLED:
         rows: Iterable[Mapping[str, Any]] = load_prompts(name)
     elif name.lower().endswith(".csv"):
         rows = _xstest(Path(name).expanduser())

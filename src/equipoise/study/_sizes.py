@@ -18,8 +18,8 @@ from equipoise.data.tokenise import tokenise
 from equipoise.generation._base import Prompt
 from equipoise.study._cost import local_folder
 from equipoise.study._graph import Node
-from equipoise.study._prompts import is_at_hand, study_prompts
-from equipoise.study.settings import StudySettings
+from equipoise.study._prompts import is_at_hand, search_prompts, study_prompts
+from equipoise.study.settings import PromptSource, StudySettings
 from equipoise.training.machine import Machine
 from equipoise.training.settings import TrainSettings
 
@@ -62,6 +62,7 @@ class Sizer:
         self._estimates: dict[tuple[Any, ...], Estimate] = {}
         self._tokenizers: dict[str, Any] = {}
         self._asked: PromptPrints | None = None
+        self._dev: dict[str, AxisSizes] | None = None
 
     def recipe(self, node: Node) -> TrainSettings:
         """The training settings of a stage, without its data. Raises UsageError naming the stage."""
@@ -104,11 +105,26 @@ class Sizer:
     def axes(self, prompts: Sequence[Prompt] | None) -> dict[str, AxisSizes]:
         """Prompts and their tokens for each axis; sources that are not at hand count with their limit. To be asked first."""
         sources = self.settings.evaluation.prompts
-        missing = [source for source in sources if not is_at_hand(source, self.settings.data)]
-        if prompts is None and not missing:
+        if prompts is None and all(is_at_hand(source, self.settings.data) for source in sources):
             prompts = study_prompts(self.settings)
         if prompts:
-            self._asked = PromptPrints.of([text for prompt in prompts for text in prompt_texts(prompt.messages)])
+            dev = self._search_prompts(prompts)
+            self._asked = PromptPrints.of([text for prompt in [*prompts, *dev] for text in prompt_texts(prompt.messages)])
+            self._dev = self._counted(dev, self.settings.search.prompts if self.settings.search else ())
+        return self._counted(prompts, sources)
+
+    def search_axes(self) -> dict[str, AxisSizes]:
+        """The same of the search's prompts."""
+        if self._dev is None:
+            self._dev = self._counted(None, self.settings.search.prompts if self.settings.search else ())
+        return self._dev
+
+    def _search_prompts(self, asked: Sequence[Prompt]) -> list[Prompt]:
+        search = self.settings.search
+        here = search is not None and all(is_at_hand(source, self.settings.data) for source in search.prompts)
+        return search_prompts(self.settings, asked) if here else []
+
+    def _counted(self, prompts: Sequence[Prompt] | None, sources: Sequence[PromptSource]) -> dict[str, AxisSizes]:
         found: dict[str, AxisSizes] = {}
         for prompt in prompts or ():
             tokens = sum(len(message.content) for message in prompt.messages) / CHARACTERS_A_TOKEN + 8
@@ -148,8 +164,7 @@ class Sizer:
         if local_folder(recipe.model_name_or_path) is None:
             self._note(f"The tokenizer of {recipe.model_name_or_path} is not here: tokens are estimated from characters.")
             return Sizes(len(records), sum(_characters(record, needs.roles) for record in records) / CHARACTERS_A_TOKEN, counted=False)
-        tokenizer, least = self._tokenizer(recipe.model_name_or_path), 2 if needs.many else 1
-        rows, _ = tokenise(records, tokenizer, recipe.tokenise, needs.roles, method.facts(), least)
+        rows, _ = tokenise(records, self._tokenizer(recipe.model_name_or_path), recipe.tokenise, needs.roles, method.facts())
         lengths = tuple((int(prompt), tuple(int(reply) for reply in replies)) for prompt, replies in rows.lengths())
         return Sizes(len(rows), float(sum(prompt + sum(replies) for prompt, replies in lengths)), True, lengths)
 

@@ -21,6 +21,7 @@ from equipoise.study._prompts import study_prompts
 from equipoise.study.settings import StudySettings
 
 PROMPTS = "prompts.jsonl"
+SEARCH_PROMPTS = "search_prompts.jsonl"
 RANDOM_REPLIES = "random_replies.jsonl"
 APART_POLICIES, APART_JUDGE = "kept_apart/policies.npz", "kept_apart/judge.npz"
 
@@ -86,6 +87,7 @@ class Stages:
                 }
                 for stream in node.streams
             ],
+            **({} if node.reference == "start" else {"reference_model": self._reference(node)}),
             **node.training,
         }
         return fit(TrainSettings.make(values, source=f"stage {node.name}"), overwrite=self.overwrite)
@@ -122,7 +124,7 @@ class Stages:
         seed = asked.sampling.seed + node.seed if asked.sampling.temperature > 0 else asked.sampling.seed
         values = {
             "generator": generator,
-            "prompts": str(self.folder / PROMPTS),
+            "prompts": str(self.folder / (SEARCH_PROMPTS if node.search else PROMPTS)),
             "sampling": Sampling(**{**asked.sampling.resolved(), "seed": seed}).resolved(),
             "output_dir": str(node.folder(self.folder)),
         }
@@ -136,7 +138,7 @@ class Stages:
         rules = ("invalid", "refusal", "length")
         scorers: list[dict[str, Any]] = [{"scorer": "rules", "rule": rule, **asked.scoring.get(rule, {})} for rule in rules]
         scorers.append(self._reward_model())
-        if asked.kl_to_base and node.policy is None and node.start.start is not None:
+        if asked.kl_to_base and not node.search and node.policy is None and node.start.start is not None:
             pair = {"model_name_or_path": self._model(node.start), "base_model_name_or_path": self.settings.model_name_or_path}
             tokenise = asked.generation.get("tokenise", self._tokenise)
             scorers.append({"scorer": "kl_to_base", **pair, "tokenise": tokenise, **asked.scoring.get("kl_to_base", {})})
@@ -152,6 +154,11 @@ class Stages:
         if node.judge:
             return self.settings.judge.model_name_or_path
         return self._model(node)
+
+    def _reference(self, node: Node) -> str:
+        """The model a training stage is compared with, where that is not its start."""
+        other = node.reference
+        return str(other.folder(self.folder) / "model") if isinstance(other, Node) else self.settings.model_name_or_path
 
     def _model(self, node: Node) -> str:
         """The model behind a stage: the one trained by the stage before it, or the base."""

@@ -90,19 +90,25 @@ class StudyPlan:
         }
 
 
-def plan_study(settings: StudySettings, prompts: Sequence[Prompt] | None = None, machine: Machine | None = None) -> StudyPlan:
+def plan_study(
+    settings: StudySettings,
+    prompts: Sequence[Prompt] | None = None,
+    machine: Machine | None = None,
+    chosen: Mapping[str, float] | None = None,
+) -> StudyPlan:
     """Plan a study without training or downloading anything.
 
     Args:
         settings: the study.
         prompts: evaluation prompts, where the caller has them already; None: read where they are at hand.
         machine: measured speed; None: measured now (half a second).
+        chosen: learning rates that searches have found (see `build_graph`).
 
     Tokens are counted on the real data with the real tokenizer where both are on this machine, and estimated from
     `expected` otherwise. Raises UsageError for settings that cannot work, such as an objective's hyper-parameter.
     """
     machine = machine or measure()
-    graph = build_graph(settings)
+    graph = build_graph(settings, chosen)
     sizer = Sizer(settings)
     axes = sizer.axes(prompts)
     rows = tuple(_plan_stage(node, tuple(graph.users(node)), settings, sizer, axes, machine) for node in graph.nodes())
@@ -134,6 +140,8 @@ def _plan_stage(
         flops = _cost.forward_flops(judge, size.tokens)
         seconds = _cost.LOAD_SECONDS + flops / (machine.float32 * _cost.FORWARD_SHARE)
         return StagePlan(node, arms, size.rows, size.tokens, flops, seconds, size.counted)
+    if node.search:
+        axes = sizer.search_axes()
     prompts = sum(size.prompts for size in axes.values())
     asked = sum(size.tokens for size in axes.values())
     new = float(prompts * settings.evaluation.sampling.max_new_tokens)
@@ -151,7 +159,13 @@ def _plan_stage(
     # An empty reply costs nothing; nobody knows beforehand how long the other policies' replies are, so they count in full.
     flops = _cost.forward_flops(judge, asked + (0.0 if node.policy == "empty" else new))
     seconds = _cost.LOAD_SECONDS + flops / (machine.float32 * _cost.FORWARD_SHARE)
-    if settings.evaluation.kl_to_base and node.policy is None and node.start is not None and node.start.start is not None:
+    if (
+        settings.evaluation.kl_to_base
+        and not node.search
+        and node.policy is None
+        and node.start is not None
+        and node.start.start is not None
+    ):
         both = 2 * _cost.forward_flops(model, asked + new)
         dtype = str(settings.evaluation.scoring.get("kl_to_base", {}).get("dtype", "float32"))
         flops, seconds = flops + both, seconds + both / (machine.peak(dtype) * _cost.FORWARD_SHARE)

@@ -23,6 +23,7 @@ from equipoise.core.files import write_text
 from equipoise.study import figures, tables
 from equipoise.study._report import markdown, numbers, svg, theme, words
 from equipoise.study._report.read import Arm, StudyFiles, listing, mapping, read_study
+from equipoise.study._report.searches import search_table
 
 _LONGEST = 20_000
 _CAPTIONS = {
@@ -94,6 +95,7 @@ def _content(files: StudyFiles) -> dict[str, Any]:
         "stamps": words.stamps(files),
         "facts": words.facts(files),
         "runs": tables.runs_table(files),
+        "search": search_table(files),
         "headline": tables.metric_table(files, "headline", "Headline metrics"),
         "diagnostic": tables.metric_table(files, "diagnostic", "Diagnostics"),
         "reproduction": tables.metric_table(files, "reproduction", "Reproduction metrics"),

@@ -9,18 +9,21 @@ import gc
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from equipoise.core.errors import EquipoiseError, StageError
-from equipoise.core.files import read_json, write_json, write_jsonl
+from equipoise.core.files import read_json, read_jsonl, write_json, write_jsonl
 from equipoise.core.progress import say
 from equipoise.core.runs import Run
 from equipoise.study._cost import readable
 from equipoise.study._graph import Arm, Graph, Node
 from equipoise.study._lock import write_lock
-from equipoise.study._stages import PROMPTS, Stages
+from equipoise.study._prompts import search_prompts
+from equipoise.study._search import SEARCH, Found, Tried, chosen_by
+from equipoise.study._stages import PROMPTS, SEARCH_PROMPTS, Stages
 from equipoise.study.plan import StudyPlan, check_budget, plan_study
 from equipoise.study.settings import StudySettings
 
@@ -74,13 +77,18 @@ def run_study(settings: StudySettings, folder: str | Path | None = None, overwri
     rows = [prompt.as_json() for prompt in prompts]
     write_lock(folder, settings, rows, plan.detectable, overwrite)
     write_jsonl(folder / PROMPTS, rows)
-    stages.keep_apart(prompts)
+    dev = search_prompts(settings, prompts)
+    write_jsonl(folder / SEARCH_PROMPTS, [prompt.as_json() for prompt in dev])
+    stages.keep_apart([*prompts, *dev])
     progress = _Progress(plan)
     for node in plan.graph.judge:
         _run_node(stages, progress, node)
+    found = _run_searches(stages, progress, settings, folder)
+    if found:
+        plan = progress.plan = plan_study(settings, prompts, plan.machine, {search.arm: search.chosen for search in found if search.chosen})
     for arm in plan.graph.arms:
         _run_arm(stages, progress, arm)
-        _write_arms(folder, plan.graph, progress)
+        _write_arms(folder, plan.graph, progress, found)
     done = [arm for arm in plan.graph.arms if not _error(arm, progress)]
     if not any(arm.kind == "arm" for arm in done):
         raise StageError(f"Every arm failed; see {folder / ARMS}. The first error: {next(iter(progress.errors.values()))}")
@@ -98,6 +106,23 @@ def failures(folder: str | Path) -> dict[str, str]:
     """Failed arms of a study folder: `name (seed n)` → error text."""
     arms = read_json(Path(folder) / ARMS)["arms"]
     return {f"{arm['name']} (seed {arm['seed']})": arm["error"] for arm in arms if arm["status"] == "failed"}
+
+
+def _run_searches(stages: Stages, progress: _Progress, settings: StudySettings, folder: Path) -> list[Found]:
+    """Run every candidate of every search, going on past failed ones, and write down what each search found."""
+    found: list[Found] = []
+    axes = {row["id"]: row["axis"] for row in read_jsonl(folder / SEARCH_PROMPTS)}
+    for search in progress.plan.graph.searches:
+        assert settings.search is not None
+        for _, arm in search.candidates:
+            _run_arm(stages, progress, arm)
+        done = [(rate, arm) for rate, arm in search.candidates if arm.score.key in progress.runs]
+        scores = chosen_by(settings.search.choose, [arm.score.folder(folder) for _, arm in done], axes)
+        tried = [Tried(rate, arm, score) for (rate, arm), score in zip(done, scores, strict=True)]
+        found.append(Found(search.arm, settings.search.choose, len(axes), tried))
+        say(found[-1].in_words())
+        write_json(folder / SEARCH, {"schema_version": 1, "searches": [item.as_json(folder) for item in found]})
+    return found
 
 
 def _run_arm(stages: Stages, progress: _Progress, arm: Arm) -> None:
@@ -152,7 +177,7 @@ def _error(arm: Arm, progress: _Progress) -> str | None:
     return next((progress.errors[node.key] for node in arm.nodes() if node.key in progress.errors), None)
 
 
-def _write_arms(folder: Path, graph: Graph, progress: _Progress) -> None:
+def _write_arms(folder: Path, graph: Graph, progress: _Progress, found: Sequence[Found]) -> None:
     """Write `arms.json` anew: after every arm, so that a killed run leaves a readable state."""
     rows = []
     for arm in graph.arms:
@@ -170,7 +195,7 @@ def _write_arms(folder: Path, graph: Graph, progress: _Progress) -> None:
                 "error": error,
                 "stages": [_stage_row(node, progress.runs[node.key], folder) for node in nodes],
                 "model": _relative(last.folder(folder) / "model", folder) if last and last.key in progress.runs else None,
-                "cost": _cost(arm, folder, progress),
+                "cost": _cost(arm, folder, progress, found),
             }
         )
     write_json(folder / ARMS, {"schema_version": 1, "arms": rows})
@@ -181,8 +206,11 @@ def _stage_row(node: Node, run: Run, folder: Path) -> dict[str, Any]:
     return {"name": node.name, "kind": node.kind, "folder": where, "seconds": round(run.seconds, 3), "skipped": run.skipped}
 
 
-def _cost(arm: Arm, folder: Path, progress: _Progress) -> dict[str, float]:
-    """What the arm's model cost in all: every training stage behind it, shared ones counted in full, plus its replies' seconds."""
+def _cost(arm: Arm, folder: Path, progress: _Progress, found: Sequence[Found]) -> dict[str, float]:
+    """What the arm's model cost in all: every training stage behind it, shared ones counted in full, plus its replies' seconds.
+
+    tuning_seconds: of its search, but for the training of the model that was chosen.
+    """
     total: dict[str, float] = {}
     for node in arm.training:
         path = node.folder(folder) / "cost.json"
@@ -192,6 +220,11 @@ def _cost(arm: Arm, folder: Path, progress: _Progress) -> dict[str, float]:
                     total[key] = total.get(key, 0) + value
     if arm.generate.key in progress.runs:
         total["sampling_seconds"] = round(progress.runs[arm.generate.key].seconds, 3)
+    tried = [one.arm for search in found if search.arm == arm.name for one in search.tried]
+    if tried:
+        kept = {node.key for node in arm.training}
+        extra = {node.key for one in tried for node in one.nodes()} - kept
+        total["tuning_seconds"] = round(sum(progress.runs[key].seconds for key in extra), 3)
     return total
 
 

@@ -42,12 +42,20 @@ class StreamReference(Settings):
 
 
 class StageSettings(Settings):
-    """One training stage of an arm. It starts from the model of the stage before it (the base for the first)."""
+    """One training stage of an arm. It starts from the model of the stage before it (the base for the first), which is its reference.
+
+    Pre-DPO (arXiv 2504.15843), where a model trained first guides a second run from the beginning, is `start: base` with
+    `reference: previous`. SACPO (arXiv 2404.11049), helpfulness first and then safety from there, is two stages as they are.
+    """
 
     name: str = Field(default="", description="shown in folders and tables; empty: the objective's name")
     objective: dict[str, Any] = Field(default={"name": "dpo"}, description="name of the method and its hyper-parameters")
     data: Blocks = Field(default=(), description="names of data blocks of the study, mixed; none: the streams say")
     streams: tuple[StreamReference, ...] = Field(default=(), description="several objectives in every step, each with its data")
+    start: Literal["previous", "base"] = Field(default="previous", description="what it trains: the stage before it, or the study's base")
+    reference: Literal["start", "previous", "base"] = Field(
+        default="start", description="reference of a preference loss: what the stage starts from, the stage before it, or the base"
+    )
     dev: bool = Field(default=False, description="look at the dev part of `train` data while training; its prompts then count as seen")
     training: dict[str, Any] = Field(default={}, description="training settings that differ from the study's")
 
@@ -86,7 +94,7 @@ class JudgeSettings(Settings):
 class PromptSource(Settings):
     """Where a part of the evaluation prompts comes from: the starter set, a file, or the prompts of a data block."""
 
-    source: str | None = Field(default=None, description="'starter', a prompts.jsonl, or an XSTest prompts.csv")
+    source: str | None = Field(default=None, description="'starter', 'starter:dev', a prompts.jsonl, or an XSTest prompts.csv")
     data: str | None = Field(default=None, description="data block whose prompts are asked")
     axis: Axis | None = Field(default=None, description="what the prompts test; needed where the source does not say")
     axes: tuple[Axis, ...] = Field(default=(), description="keep only these axes of the source; empty: all")
@@ -118,6 +126,19 @@ class EvaluationSettings(Settings):
         default=("always_refuse", "echo", "empty", "random_reply"), description="policies that do nothing useful, to test the metrics"
     )
     kl_to_base: bool = Field(default=True, description="score every reply's divergence from the base model, nats a token")
+
+
+class SearchSettings(Settings):
+    """A search over learning rates that every arm makes alike before it is evaluated, on prompts the evaluation never asks."""
+
+    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=2, description="tried in the last stage of every arm")
+    prompts: tuple[PromptSource, ...] = Field(min_length=1, description="dev prompts; they are kept apart from all training data")
+    choose: Literal["reward", "right_refusals"] = Field(
+        default="reward",
+        description="what the best has most of. reward: the judge's mean reward, an invalid reply counting as the worst any candidate "
+        "gave; right_refusals: the share of harmful prompts refused and of others answered, validly, axes weighing the same",
+    )
+    arms: tuple[str, ...] = Field(default=(), description="arms that search; empty: all that train")
 
 
 class Contrast(Settings):
@@ -155,6 +176,7 @@ class StudySettings(Settings):
     arms: dict[str, tuple[str | StageSettings, ...]] = Field(min_length=1, description="arm → its stages; none: the base itself")
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1, description="every arm is trained once per seed")
     judge: JudgeSettings = Field(description="the reward model")
+    search: SearchSettings | None = Field(default=None, description="a learning-rate search of every arm, with the first seed")
     evaluation: EvaluationSettings = Field(default=EvaluationSettings(), description="how arms are evaluated")
     primary: tuple[Contrast, ...] = Field(default=(), description="contrasts named beforehand; all others are exploratory")
     budget: BudgetSettings = Field(default=BudgetSettings(), description="what must be equal over arms")
@@ -177,6 +199,10 @@ class StudySettings(Settings):
         blocks: list[tuple[str, str | None]] = [("judge.data", block) for block in self.judge.data]
         blocks += [("judge.held_out", block) for block in self.judge.held_out]
         blocks += [(f"evaluation.prompts.{number}", source.data) for number, source in enumerate(self.evaluation.prompts)]
+        if self.search is not None:
+            blocks += [(f"search.prompts.{number}", source.data) for number, source in enumerate(self.search.prompts)]
+            for arm in self.search.arms:
+                self._check_arm("search.arms", arm)
         blocks += [(f"expected.{name}", name) for name in self.expected]
         for where, block in blocks:
             self._check_block(where, block)
@@ -203,6 +229,12 @@ class StudySettings(Settings):
             else:
                 found.append(stage)
         return tuple(found)
+
+    def searched(self) -> tuple[str, ...]:
+        """Arms that search for a learning rate."""
+        if self.search is None:
+            return ()
+        return tuple(arm for arm in self.arms if self.arms[arm] and (not self.search.arms or arm in self.search.arms))
 
     def policy_blocks(self) -> tuple[str, ...]:
         """Data blocks that any arm is trained on, each once."""

@@ -1,9 +1,9 @@
-"""The policy as a run trains it, and its reference: adapters, frozen weights, dropout, and who fills the store."""
+"""The policy as a run trains it: adapters, frozen weights, dropout."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,9 @@ import torch
 
 from equipoise.core.errors import UsageError
 from equipoise.core.files import file_fingerprint
-from equipoise.data.rows import TokenRow
-from equipoise.models.attention import NAME, attention_of, register
 from equipoise.models.load import is_adapter, load_causal, load_sequence_classifier, renaming_is_known, resolve_model, weights_fingerprint
-from equipoise.models.logps import unwrapped
 from equipoise.models.quantised import FourBit, compute_dtypes, is_quantised, settle
-from equipoise.reference.build import build, check
-from equipoise.reference.key import Context
-from equipoise.reference.store import ReferenceStore
-from equipoise.training._ranks import Ranks
-from equipoise.training._streams import Forward
 from equipoise.training.settings import TrainSettings
-from equipoise.training.sharding import shard
-from equipoise.training.start_check import choose_form
 
 _DROPOUT_FIELDS = (
     "dropout",
@@ -36,7 +26,6 @@ _DROPOUT_FIELDS = (
     "resid_pdrop",
     "embd_pdrop",
 )
-CHECKED_ROWS = 2
 
 
 def model_identity(settings: TrainSettings, model: Any) -> str:
@@ -136,62 +125,3 @@ def autocast_for(settings: TrainSettings, device: torch.device) -> Callable[[], 
     if not settings.bf16:
         return nullcontext
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
-
-
-def stored_tolerance(report: dict[str, Any]) -> float:
-    """Mean nats a token by which log-probs from other batch shapes may differ: twice what the start check allowed, at least 1e-3."""
-    return float(max(2 * report["tolerance"], 1e-3))
-
-
-def reference_identity(model: Any, fresh_adapter: bool) -> tuple[str, str]:
-    """Fingerprint of the start weights as a reference, and what their adapter is. Read before the model is cut."""
-    adapter = "active" if hasattr(model, "peft_config") and not fresh_adapter else "none"
-    return weights_fingerprint(model, skip_adapters=fresh_adapter), adapter
-
-
-def fill_store(
-    settings: TrainSettings,
-    model: Any,
-    identity: tuple[str, str] | None,
-    rows: Sequence[TokenRow],
-    forward: Forward,
-    tolerance: float,
-    root: Path,
-    ranks: Ranks,
-) -> tuple[ReferenceStore, dict[str, float]]:
-    """The store with the reference's log-probs of these rows, filled by all ranks. Returns it with what building it cost.
-
-    identity: what `reference_identity` said of the start model. tolerance: mean nats a token by which entries already
-    there may differ from what the model gives now. The reference is the start model (its fresh adapter off), or the
-    model that `reference_model` names, which is loaded for its fingerprint even where the store has every row, and let
-    go of again.
-    """
-    form, device, autocast = forward.form, forward.device, forward.autocast
-    adapter_off: Callable[[], AbstractContextManager[Any]] = forward.live_reference or nullcontext
-    reference = model
-    if settings.reference_model is not None:
-        register()
-        where = torch.device("cpu") if settings.fsdp else device
-        reference = load_causal(settings.reference_model, dtype=settings.dtype, device=where, four_bit=four_bit(settings))
-        adapter_off = nullcontext
-        identity = ranks.first(lambda: reference_identity(reference, fresh_adapter=False))
-        if settings.fsdp and ranks.size > 1:
-            shard(reference, device)
-        else:
-            reference.to(device)
-        form, report = choose_form(reference, rows, settings.attention, device, autocast)
-        tolerance = stored_tolerance(report)
-    assert identity is not None
-    context = Context(*identity, forward_dtype(settings, reference), f"{form}/{device.type}")
-    store = ReferenceStore(root, context)
-    # No rank may start writing before all have listed what is missing: they deal out one and the same list.
-    ranks.wait()
-    assert isinstance(settings.token_budget, int), "decided when the run began"
-    known = [row for row in rows[:CHECKED_ROWS] if not store.missing([row])]
-    with adapter_off(), nullcontext() if form == "padded" else attention_of(unwrapped(reference), NAME):
-        if known:
-            check(reference, known, store, form, device, autocast, tolerance)
-        cost = build(reference, rows, store, form, settings.token_budget, device, autocast, ranks.rank, ranks.size)
-    everyone = ranks.gather(cost)
-    store.reload()
-    return store, {"tokens": sum(mine["tokens"] for mine in everyone), "seconds": max(mine["seconds"] for mine in everyone)}

@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from equipoise.core.errors import DataError, UsageError
+from equipoise.core.errors import DataError, UsageError, nearest
 from equipoise.data.marks import with_marks
 from equipoise.data.plan import MicroBatch
 from equipoise.data.rows import TokenRow, TokenRows
 from equipoise.models.attention import NAME, attention_of
 from equipoise.models.batch import Form, PackedBatch, pack, to_device
-from equipoise.models.logps import policy_logps, scores
-from equipoise.objectives._base import Objective, Scored
+from equipoise.models.logps import policy_logps, policy_statistics, scores
+from equipoise.objectives._base import STATS, Objective, Scored
+from equipoise.reference.live import LiveReference
+from equipoise.reference.mixture import Mixture
 from equipoise.reference.store import ReferenceStore
 
 Tensor = torch.Tensor
@@ -27,14 +29,15 @@ Tensor = torch.Tensor
 class Stream:
     """Rows, the objective that reads them, and this stream's weight in the step's loss.
 
-    counts: float64 [rows], what each row adds to the step's divisor. store: where stored references come from.
+    counts: float64 [rows], what each row adds to the step's divisor. store: where its reference is read; None: it has none, or
+    a live one.
     """
 
     name: str
     rows: Sequence[TokenRow]
     objective: Objective
     weight: float = 1.0
-    store: ReferenceStore | None = None
+    store: ReferenceStore | Mixture | None = None
     counts: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -51,10 +54,11 @@ class Stream:
 def check_stream(stream: Stream) -> None:
     """Raise UsageError or DataError where the rows are not what the objective needs."""
     needs = stream.objective.needs
-    if needs.stats:
-        raise UsageError(
-            f"{type(stream.objective).__name__} asks for {', '.join(sorted(needs.stats))}, which this engine does not compute."
-        )
+    unknown = sorted(needs.stats - STATS.keys())
+    if unknown:
+        raise UsageError(f"{type(stream.objective).__name__} asks for the statistic {unknown[0]!r}.{nearest(unknown[0], STATS)}")
+    if needs.stats and (needs.coupled or needs.readout == "score"):
+        raise UsageError(f"{type(stream.objective).__name__}: statistics go with log-probs, and with objectives that are not coupled.")
     for row, count in zip(stream.rows, stream.counts, strict=True):
         roles = [branch.role for branch in row.branches]
         for role in needs.roles:
@@ -76,34 +80,37 @@ def _count(objective: Objective, row: TokenRow) -> float:
 class Forward:
     """How a micro-batch goes through the model.
 
-    form: layout of the rows. autocast: context for the forward pass. reference: context in which the model in hand is the
-    reference (adapter off), for objectives whose reference is live. pad_id fills the padded form.
+    form: layout of the rows. autocast: context for the forward pass. pad_id fills the padded form. live: the reference of
+    streams that have no store.
     """
 
     form: Form
     device: torch.device
     pad_id: int = 0
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    live_reference: Callable[[], AbstractContextManager[Any]] | None = None
+    live: LiveReference | None = None
 
     def scored(self, model: Any, stream: Stream, rows: Sequence[int]) -> tuple[Scored, PackedBatch]:
-        """Log-probs (or scores) of some rows of a stream, with their reference. policy, reference, mask: [N, T]."""
+        """Log-probs (or scores) of some rows of a stream, with their reference and statistics. policy, reference, mask: [N, T]."""
         needs = stream.objective.needs
         chosen = [with_marks(stream.rows[row], needs.marks) for row in rows]
         batch = pack(chosen, self.form, self.pad_id).to(self.device)
-        policy = score = reference = None
+        policy = score = reference = logits = None
+        stats: dict[str, Tensor] = {}
+        if stream.store is not None:
+            reference = self._stored(stream.store, chosen, batch)
+        elif needs.reference != "none":
+            if self.live is None:
+                raise UsageError(f"Stream {stream.name} needs a reference and has neither a store nor a live one.")
+            with self.autocast():
+                reference, logits = self.live.read(model, batch, logits="kl_ref" in needs.stats)
         with self.autocast():
             if needs.readout == "score":
                 score = scores(model, batch)
+            elif needs.stats:
+                policy, stats = policy_statistics(model, batch, sorted(needs.stats), logits)
             else:
                 policy = policy_logps(model, batch)
-        if needs.reference == "stored":
-            reference = self._stored(stream, chosen, batch)
-        elif needs.reference == "live":
-            if self.live_reference is None:
-                raise UsageError(f"{type(stream.objective).__name__} needs a live reference; train with use_peft=true.")
-            with self.live_reference(), torch.no_grad(), self.autocast():
-                reference = policy_logps(model, batch)
         return (
             Scored(
                 policy=policy,
@@ -111,6 +118,7 @@ class Forward:
                 mask=batch.mask,
                 unit=batch.unit,
                 role=batch.role,
+                stats=stats,
                 marks=batch.marks,
                 score=score,
                 facts=batch.facts,
@@ -125,13 +133,11 @@ class Forward:
         with nullcontext() if self.form == "padded" else attention_of(model, NAME):
             yield
 
-    def _stored(self, stream: Stream, rows: Sequence[TokenRow], batch: PackedBatch) -> Tensor:
-        if stream.store is None:
-            raise UsageError(f"Stream {stream.name} needs reference log-probs and has no store.")
+    def _stored(self, store: ReferenceStore | Mixture, rows: Sequence[TokenRow], batch: PackedBatch) -> Tensor:
         values = np.zeros(batch.mask.shape, dtype=np.float32)
         number = 0
         for row in rows:
-            for reply in stream.store.get(row):
+            for reply in store.get(row):
                 values[number, : len(reply)] = reply
                 number += 1
         return to_device(torch.from_numpy(values), self.device)
@@ -158,6 +164,7 @@ def join(parts: Sequence[Scored]) -> Scored:
         mask=mask,
         unit=torch.cat([part.unit + int(first) for part, first in zip(parts, firsts, strict=False)]),
         role=torch.cat([part.role for part in parts]),
+        stats={name: value for name in parts[0].stats if (value := stack([part.stats[name] for part in parts])) is not None},
         marks={name: value for name in parts[0].marks if (value := stack([part.marks.get(name) for part in parts])) is not None},
         score=stack([part.score for part in parts]),
         facts={name: torch.cat([part.facts.get(name, nothing[len(part.mask)].to(part.mask.device)) for part in parts]) for name in names},
@@ -169,6 +176,7 @@ def detached(scored: Scored) -> Scored:
     return replace(
         scored,
         policy=None if scored.policy is None else scored.policy.detach(),
+        stats={name: value.detach() for name, value in scored.stats.items()},
         score=None if scored.score is None else scored.score.detach(),
     )
 

@@ -68,6 +68,7 @@ SMALL_TENSOR = 4096
 class Memory:
     """Peak bytes of a run. The parts are those of the training step; `moments` names every moment that could be the worst.
 
+    weights: the policy's, and those of a reference that is in memory beside it.
     activations: what the largest micro-batch's forward pass keeps, its logits too. working: what comes on top in its
     backward pass (gradients of activations and logits). library: torch and the others themselves.
     """
@@ -205,7 +206,7 @@ class Estimator:
         share = ALLOCATOR_SHARE[self.machine.device]
         parameters = self.simulation.parameters
         trained = [parameter for parameter in parameters if parameter.requires_grad]
-        weights, gradients = _bytes(parameters), _bytes(trained)
+        weights, gradients = _bytes(parameters) + self._reference_bytes(trained), _bytes(trained)
         state = optimizer_bytes(self.settings.optim, trained)
         largest = max(parameter.nbytes for parameter in trained)
         before = library + weights
@@ -217,9 +218,19 @@ class Estimator:
             # Adam's update of a weight makes two temporaries of its size.
             "optimizer": before + state + gradients + 2 * largest,
             # safetensors takes a copy of what it writes.
-            "save": before + state + (gradients if self.settings.use_peft else weights),
+            "save": before + state + (gradients if self.settings.use_peft else _bytes(parameters)),
         }
         return Memory(library, weights, gradients, state, step.kept, max(0, step.peak - step.kept - gradients), moments)
+
+    def _reference_bytes(self, trained: Sequence[Any]) -> int:
+        """Bytes of a reference in memory beside the policy; it shares what is not trained."""
+        if self.settings.sync_ref_model:
+            return _bytes(trained)
+        if "live" not in self.references:
+            return 0
+        if self.settings.reference_model is not None:
+            return _bytes(self.simulation.parameters)
+        return 0 if self.settings.use_peft else _bytes(trained)
 
     def _check_bytes(self) -> int:
         """Logits of the longest row's plain forward pass, over the whole vocabulary, and what its log-softmax takes."""
@@ -244,9 +255,10 @@ class Estimator:
         """FLOPs and seconds of the reference: each row once where it is stored, every token trained on where it is live."""
         read = 0.0
         for number, kind in enumerate(self.references):
-            if kind == "stored":
-                read += sum(self._tokens(cut) for cut in self._planner(budget).all_rows(number))
-            elif kind == "live":
+            if kind == "stored" and not self.settings.sync_ref_model:
+                models = 1 + len(self.settings.reference_mixture.models) if self.settings.reference_mixture else 1
+                read += models * sum(self._tokens(cut) for cut in self._planner(budget).all_rows(number))
+            elif kind != "none":
                 read += tokens / len(self.references)
         flops, moved = (read * figure / step.tokens for figure in (step.forward_flops, step.forward_moved))
         return flops, self._seconds(flops, moved)

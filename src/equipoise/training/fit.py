@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
-from equipoise.core.errors import NumericsError, UsageError
+from equipoise.core.errors import UsageError
 from equipoise.core.files import fingerprint, read_json, write_json, write_jsonl
 from equipoise.core.prints import PromptPrints
 from equipoise.core.progress import bar, say
@@ -34,15 +34,13 @@ from equipoise.training._arguments import training_arguments
 from equipoise.training._heap import keep_freed_memory
 from equipoise.training._model import (
     autocast_for,
-    fill_store,
     load_policy,
     make_trainable,
     model_identity,
-    reference_identity,
-    stored_tolerance,
 )
 from equipoise.training._preflight import check_recipe
 from equipoise.training._ranks import Ranks
+from equipoise.training._references import References, check_references, stored_tolerance
 from equipoise.training._rows import Rows, checked_streams, make_streams, shared_rows
 from equipoise.training._streams import Forward, Stream
 from equipoise.training.checkpoints import CompleteMark, newest_complete
@@ -90,6 +88,7 @@ def fit(
     objectives = [build(stream.objective) for stream in settings.streams]
     if objective is not None:
         objectives[0] = objective if isinstance(objective, Objective) else from_callable(objective, needs)
+    check_references(settings, objectives)
     readouts = {item.needs.readout for item in objectives}
     if len(readouts) > 1:
         raise UsageError("Streams that read scores cannot be mixed with streams that read log-probs.")
@@ -142,7 +141,6 @@ class _Fit:
         if len(held_out) == len(self.streams):
             self.dev = checked_streams(settings, objectives, held_out)
         self.readout = objectives[0].needs.readout
-        self.reference_cost = {"tokens": 0.0, "seconds": 0.0}
 
     def run(self, model: Any) -> Mapping[str, Any]:
         """Load, check, build the reference, train, save. Returns the stage's results."""
@@ -157,22 +155,22 @@ class _Fit:
         torch.manual_seed(self.settings.seed)
         policy = load_policy(self.settings, self.readout, device) if model is None else model
         policy, fresh = make_trainable(policy, self.settings, self.readout)
-        identity = self.ranks.first(lambda: self._reference_identity(policy, fresh))
+        references = References(self.settings, [*self.streams, *self.dev], self._store_root(), self.ranks)
+        references.identify(policy, fresh)
         if self.settings.fsdp and self.ranks.size > 1 and not by_accelerate:
             shard(policy, device)
         else:
             policy.to(device)
         with self.ranks.one_voice():
             forward = self._start_check(policy, device)
-        if fresh:
-            forward.live_reference = policy.disable_adapter
-        self._references(policy, identity, forward)
+        self._provide(references, policy, fresh, forward)
         resume = self.ranks.first(lambda: newest_complete(str(arguments.output_dir)))
-        trainer = self._trainer(policy, arguments, forward, self._batch_size(resume))
+        trainer = self._trainer(policy, arguments, forward, references, self._batch_size(resume))
         started = time.monotonic()
         if resume is not None:
             with self.ranks.one_voice():
                 say(f"going on from {resume.name}")
+                references.resume(resume)
         native = unwrapped(policy).config._attn_implementation
         if forward.form != "padded":
             unwrapped(policy).set_attn_implementation(NAME)
@@ -186,7 +184,7 @@ class _Fit:
                 if isinstance(callback, ProgressLine):
                     callback.close()
         self._save(trainer)
-        cost = self._cost(policy, trainer, time.monotonic() - started)
+        cost = self._cost(policy, trainer, references.cost, time.monotonic() - started)
         return {
             "model": "model",
             "steps": trainer.state.global_step,
@@ -231,45 +229,19 @@ class _Fit:
         self.report = report
         return Forward(form, device, self.tokenizer.pad_token_id or 0, autocast)
 
-    def _reference_identity(self, policy: Any, fresh: bool) -> tuple[str, str] | None:
-        """What names the start weights in the reference store, where a stream asks for them."""
-        stored = any(stream.objective.needs.reference == "stored" for stream in self.streams)
-        return reference_identity(policy, fresh) if stored and self.settings.reference_model is None else None
-
-    def _references(self, policy: Any, identity: tuple[str, str] | None, forward: Forward) -> None:
-        root = (
+    def _store_root(self) -> Path:
+        return (
             Path(self.settings.reference_store or os.environ.get("EQUIPOISE_CACHE") or Path.home() / ".cache" / "equipoise") / "reference"
         )
-        for stream in [*self.streams, *self.dev]:
-            if stream.objective.needs.reference != "stored":
-                continue
-            stream.store, cost = fill_store(
-                self.settings, policy, identity, stream.rows, forward, stored_tolerance(self.report), root, self.ranks
-            )
-            for name in ("tokens", "seconds"):
-                self.reference_cost[name] += cost[name]
-        if self.settings.reference_model is None and self.streams[0].store is not None:
-            self._check_start_is_reference(policy, forward)
+
+    def _provide(self, references: References, policy: Any, fresh: bool, forward: Forward) -> None:
+        allowed = stored_tolerance(self.report)
+        references.provide(policy, fresh, forward, allowed)
+        off = references.check_start(policy, self.streams[0], forward, allowed)
+        if off is not None:
+            self.report["start_log_ratio"] = off
         if not self.ranks.rank:
             write_json(self.folder / "start_check.json", self.report)
-
-    def _check_start_is_reference(self, policy: Any, forward: Forward) -> None:
-        """Reference = start weights: the log-ratios of a few rows must be 0, so that a DPO run begins at ln 2."""
-        training = policy.training
-        policy.eval()
-        with torch.no_grad(), forward.attention(unwrapped(policy)):
-            scored, _ = forward.scored(policy, self.streams[0], [0])
-        policy.train(training)
-        assert scored.policy is not None
-        assert scored.reference is not None
-        # The store was filled from other batches, so low precision leaves the same distance as the start check allowed.
-        off = float(((scored.policy - scored.reference) * scored.mask).abs().sum() / scored.mask.sum())
-        allowed = stored_tolerance(self.report)
-        self.report["start_log_ratio"] = off
-        if not off <= allowed:
-            raise NumericsError(
-                f"The policy starts {off:.2g} nats a token away from its reference, which are the same weights (allowed {allowed:.2g})."
-            )
 
     def _batch_size(self, resume: Path | None) -> int:
         """Units of an optimizer step over all processes: as the run began, also where it goes on with more or fewer of them."""
@@ -284,7 +256,9 @@ class _Fit:
 
         return self.ranks.first(settle)
 
-    def _trainer(self, policy: Any, arguments: TrainingArguments, forward: Forward, batch_size: int) -> PreferenceTrainer:
+    def _trainer(
+        self, policy: Any, arguments: TrainingArguments, forward: Forward, references: References, batch_size: int
+    ) -> PreferenceTrainer:
         planner = self._planner(self.streams, forward, batch_size)
         self.ranks.agree("the plan of the steps", plan_fingerprint(planner))
         dev_planner = self._planner(self.dev, forward, batch_size) if self.dev else None
@@ -302,6 +276,7 @@ class _Fit:
             forward=forward,
             fsdp=self.settings.fsdp,
             callbacks=[
+                *references.callbacks(),
                 CompleteMark(),
                 LogLines(self.folder / "log.jsonl"),
                 *([] if self.ranks.rank else [ProgressLine(bar, self.settings.streams[0].objective.get("name", "training"))]),
@@ -338,7 +313,7 @@ class _Fit:
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
             shutil.rmtree(self.folder / "rows", ignore_errors=True)
 
-    def _cost(self, policy: Any, trainer: PreferenceTrainer, seconds: float) -> dict[str, float]:
+    def _cost(self, policy: Any, trainer: PreferenceTrainer, reference: Mapping[str, float], seconds: float) -> dict[str, float]:
         """What the run spent; `seconds` are those of the call that finished it (see `resumed_from`).
 
         FLOPs are counted as 2 a weight and token forward, 2 backward for activations, 2 more where weights have gradients.
@@ -348,10 +323,10 @@ class _Fit:
         spent = trainer.spent()
         cost = {
             **spent,
-            "flops": float(spent["unique_tokens"] * (4 * total + 2 * trained) + 2 * total * self.reference_cost["tokens"]),
+            "flops": float(spent["unique_tokens"] * (4 * total + 2 * trained) + 2 * total * reference["tokens"]),
             "seconds": round(seconds, 3),
-            "reference_seconds": self.reference_cost["seconds"],
-            "reference_tokens": self.reference_cost["tokens"],
+            "reference_seconds": reference["seconds"],
+            "reference_tokens": reference["tokens"],
         }
         if not self.ranks.rank:
             write_json(self.folder / "cost.json", cost)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from equipoise.core.errors import UsageError
 from equipoise.core.settings import Settings
 from equipoise.data.settings import DataSettings, TokeniseSettings
 
@@ -21,6 +22,27 @@ class StreamSettings(Settings):
     weight: float = Field(default=1.0, ge=0.0, description="weight of this stream's mean loss in the step's loss")
 
 
+class ReferenceMixture(Settings):
+    """Several reference models as one (MRPO): `reference_model`, or the start weights, comes first and these follow it."""
+
+    models: tuple[str, ...] = Field(min_length=1, description="further reference models, of the same tokenizer")
+    weights: tuple[float, ...] | Literal["adaptive"] = Field(
+        default="adaptive", description="one per reference, the first one's too, 1 in all; adaptive: by how far each tells the pair apart"
+    )
+    clip: float | None = Field(
+        default=0.1, gt=0, lt=1, description="share of the first one's log-prob by which the others' may differ; None: any"
+    )
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Self:
+        if self.weights != "adaptive":
+            if len(self.weights) != len(self.models) + 1:
+                raise UsageError(f"reference_mixture.weights: {len(self.weights)} weights for {len(self.models) + 1} references.")
+            if min(self.weights) < 0 or abs(sum(self.weights) - 1) > 1e-6:
+                raise UsageError(f"reference_mixture.weights: {list(self.weights)} must not be negative, and must add up to 1.")
+        return self
+
+
 class TrainSettings(Settings):
     """One training stage: a start model, streams of data with objectives, and the recipe."""
 
@@ -29,6 +51,10 @@ class TrainSettings(Settings):
     streams: tuple[StreamSettings, ...] = Field(default=(StreamSettings(),), min_length=1, description="data and objectives")
     tokenise: TokeniseSettings = Field(default=TokeniseSettings(), description="how records become tokens")
     reference_model: str | None = Field(default=None, description="reference of the preference losses; None: the start weights")
+    reference_mixture: ReferenceMixture | None = Field(default=None, description="further reference models, mixed with the reference")
+    sync_ref_model: bool = Field(default=False, description="the reference follows the policy (TR-DPO): a copy of it in memory")
+    ref_model_mixup_alpha: float = Field(default=0.6, gt=0, le=1, description="share of the policy mixed in; 1 replaces the reference")
+    ref_model_sync_steps: int = Field(default=512, ge=1, description="optimizer steps between two mixings; 1: an exponential average")
     reference_store: str | None = Field(default=None, description="folder of the reference store; None: the user's cache folder")
 
     learning_rate: float = Field(default=1e-6, gt=0, description="peak learning rate")

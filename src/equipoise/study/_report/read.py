@@ -75,6 +75,7 @@ class StudyFiles:
     replies: list[dict[str, Any]]
     notes: list[str]
     coverage: str = "95\u00a0%"
+    search: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def metrics(self) -> dict[str, dict[str, Any]]:
@@ -140,7 +141,9 @@ def read_study(folder: str | Path) -> StudyFiles:
     confidence = mapping(reader.json("evaluation/settings.json")).get("confidence", 0.95)
     coverage = f"{100 * confidence:g}\u00a0%" if isinstance(confidence, float) else "95\u00a0%"
     arms = _arms(runs, evaluation, replies, lock)
-    return StudyFiles(folder.resolve().name, lock, arms, stages, evaluation, replies, reader.notes, coverage)
+    return StudyFiles(
+        folder.resolve().name, lock, arms, stages, evaluation, replies, reader.notes, coverage, mapping(reader.json("search.json"))
+    )
 
 
 def _read_stage(reader: _Reader, path: Path) -> Stage:
