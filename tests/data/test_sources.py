@@ -186,6 +186,22 @@ def test_pku_orders_by_the_judgement_asked_for_and_keeps_the_flags() -> None:
     }
 
 
+def test_pairs_may_carry_flags_and_scores() -> None:
+    row = SAMPLES["preference"] | {"score_chosen": 2, "score_rejected": {"honesty": 0.5, "tone": None}, "rejected_safe": "false"}
+    for replies in ({}, {"chosen": TURNS[1:], "rejected": [{"role": "assistant", "content": "b"}]}):
+        loaded = of(row | replies, format="preference")
+        assert [(reply.text, dict(reply.scores), reply.safe) for reply in loaded.records[0].replies] == [
+            ("a", {"score": 2.0}, None),
+            ("b", {"honesty": 0.5}, False),
+        ]
+    assert of(row).format == "preference"
+    # Both flags beside a prompt are the starter's columns, whose replies may be messages as well.
+    messages = SAMPLES["starter"] | {"chosen": TURNS[1:], "rejected": [{"role": "assistant", "content": "b"}]}
+    loaded = of(messages)
+    assert loaded.format == "starter"
+    assert [(reply.text, reply.safe) for reply in loaded.records[0].replies] == [("a", True), ("b", False)]
+
+
 def test_ultrafeedback_keeps_scores_and_missing_is_not_zero() -> None:
     row = SAMPLES["ultrafeedback_binarized"]
     first, second = of(row, row | {"score_rejected": None}).records
@@ -201,6 +217,8 @@ def test_scored_lists_keep_order_and_missing_scores() -> None:
         ("b", {}, False),
         ("c", {}, None),
     ]
+    several = of(row | {"scores": [{"honesty": 1, "tone": 2}, None, {}]}).records[0].replies
+    assert [dict(reply.scores) for reply in several] == [{"honesty": 1.0, "tone": 2.0}, {}, {}]
     assert reasons(row, row | {"scores": [1.0]}, row | {"completions": []}) == {
         "'scores' are not one per completion": 1,
         "no 'completions'": 1,

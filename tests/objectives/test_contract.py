@@ -15,7 +15,7 @@ from equipoise.objectives._load import load_class, methods
 
 from .views import random_view, values_of
 
-STOPS_GRADIENT = {"BCO", "DFT", "KTO", "TDPO2", "WPO"}
+STOPS_GRADIENT = {"BCO", "BMC", "DFT", "KTO", "TDPO2", "WPO"}
 """Objectives whose formula takes something without gradient: finite differences hold it fixed. No other one may detach."""
 
 

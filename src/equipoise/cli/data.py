@@ -1,4 +1,4 @@
-"""`equipoise data`: look at a data set, and turn it into token rows."""
+"""`equipoise data`: look at a data set, turn it into token rows, hand its replies to a scorer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from equipoise.cli._output import Config, Json, Overwrite, Set, emit_json, line, table
 
 app = typer.Typer(
-    help="Look at a data set (inspect), or turn it into token rows (prepare).",
+    help="Look at a data set (inspect), turn it into token rows (prepare), or hand its replies to a scorer (replies).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -69,6 +69,36 @@ def prepare(
     state = "was already done" if done.skipped else f"done in {done.seconds:.0f} s"
     line(f"{state}: {done.results['rows']} rows, {done.results['tokens']} tokens, from {done.results['rows_in']} rows of the source")
     line(f"{done.folder}/rows, {done.folder}/accounting.json")
+
+
+@app.command()
+def replies(
+    source: Source = None,
+    model: Model = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="file to write")] = "replies.jsonl",
+    config: Config = None,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Write every reply as a line of completions.jsonl for `equipoise score`; `data.verdicts` reads its verdicts back.
+
+    With --model also token ids, which the scorers `implicit` and `kl_to_base` need.
+
+    Example: equipoise data replies pairs.jsonl -o runs/replies.jsonl
+    """
+    from equipoise.core.files import write_jsonl
+    from equipoise.data._encode import Encoder
+    from equipoise.data.load import stream
+    from equipoise.data.verdicts import completions
+
+    settings = _settings(source, {"model_name_or_path": model}, config, overrides)
+    encoder = None if model is None else Encoder(_tokenizer(model), settings.tokenise)
+    rows = list(completions(stream(settings.data).records, encoder))
+    write_jsonl(output, rows)
+    if as_json:
+        emit_json({"file": output, "replies": len(rows)})
+    else:
+        line(f"{output}: {len(rows)} replies")
 
 
 def _settings(source: str | None, given: Mapping[str, Any], config: str | None, overrides: list[str] | None) -> Any:

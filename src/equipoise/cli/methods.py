@@ -64,6 +64,7 @@ def catalogue() -> list[dict[str, Any]]:
                     "roles": list(needs.roles),
                     "reference": needs.reference,
                     "stats": sorted(needs.stats),
+                    "marks": sorted(needs.marks),
                     "facts": list(needs.facts),
                     "readout": needs.readout,
                     "coupled": needs.coupled,
@@ -115,6 +116,7 @@ def _needs(needs: dict[str, Any]) -> str:
     words += [f"reference: {needs['reference']}"] if needs["reference"] != "none" else []
     words += [f"facts: {', '.join(needs['facts'])}"] if needs["facts"] else []
     words += [f"statistics: {', '.join(needs['stats'])}"] if needs["stats"] else []
+    words += [f"token marks: {', '.join(needs['marks'])}"] if needs["marks"] else []
     words += ["a score head"] if needs["readout"] == "score" else []
     words += ["the whole step at once"] if needs["coupled"] else []
     return "\n".join(words)

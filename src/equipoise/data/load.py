@@ -19,6 +19,7 @@ from equipoise.data.prompts import other_prompts
 from equipoise.data.settings import DataSettings
 from equipoise.data.sources import starter
 from equipoise.data.sources._base import source
+from equipoise.data.verdicts import Judged
 
 STARTER = "starter"
 PEEKED = 20
@@ -71,12 +72,19 @@ def stream(settings: DataSettings, dataset: Any = None) -> Streamed:
     module = source(STARTER if _is_starter(settings, dataset) else settings.format, first)
     others = {name: other_prompts(name) for name in settings.exclude_prompts}
     accounting = Accounting()
-    records = _records(module.records(chain(first, rows), settings, accounting), others, settings, accounting, _name(settings, dataset))
+    judged = Judged(settings, accounting)
+    readable = module.records(chain(first, rows), settings, accounting)
+    records = _records(readable, others, judged, settings, accounting, _name(settings, dataset))
     return Streamed(records, accounting, str(module.__name__).rsplit(".", 1)[-1])
 
 
 def _records(
-    readable: Iterator[Record], others: Mapping[str, PromptPrints], settings: DataSettings, accounting: Accounting, name: str
+    readable: Iterator[Record],
+    others: Mapping[str, PromptPrints],
+    judged: Judged,
+    settings: DataSettings,
+    accounting: Accounting,
+    name: str,
 ) -> Iterator[Record]:
     """The readable records that are asked for; all others are counted, and at the end every row must be accounted for."""
     first = list(islice(readable, 1))
@@ -87,7 +95,7 @@ def _records(
             accounting.drop("beyond max_rows", record.id)
         else:
             accounting.kept += 1
-            yield _with_system(record, settings.system_prompt)
+            yield _with_system(judged(record), settings.system_prompt)
     accounting.check()
     if not accounting.kept and (settings.part == "all" or not first):
         raise DataError(f"{name}: no row is left; {accounting.in_words()}.")
@@ -119,6 +127,8 @@ def source_fingerprint(settings: DataSettings, dataset: Any = None) -> dict[str,
         for row in read(settings, dataset):
             digest.update(fingerprint(dict(row.values)).encode())
         inputs["data"] = digest.hexdigest()[:16]
+    for number, name in enumerate(settings.verdicts):
+        inputs[f"verdicts {number}"] = file_fingerprint(name)
     for name in settings.exclude_prompts:
         inputs[f"excluded {name}"] = _prints_fingerprint(other_prompts(name))
     return inputs

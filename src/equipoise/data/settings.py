@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from equipoise.core.settings import Settings
 
 Part = Literal["all", "train", "dev", "test"]
+RULE = r"^\s*(\S+?)\s*(<=|>=|<|>)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*$"
+"""A rule on a score: its name, a comparison, a number."""
 
 
 class DataSettings(Settings):
@@ -30,6 +32,18 @@ class DataSettings(Settings):
     )
     preferred_by: Literal["better", "safer"] = Field(
         default="better", description="PKU-SafeRLHF: whether the more helpful or the safer reply is the chosen one"
+    )
+    verdicts: tuple[str, ...] = Field(
+        default=(),
+        description="verdicts.jsonl files on this data's replies (`equipoise data replies`): each value is a score, named as signed",
+    )
+    safe_when: str | None = Field(
+        default=None,
+        pattern=RULE,
+        description="a rule on a score that sets the safety flag of the replies that have the score, such as 'cost < 0'",
+    )
+    assume_safe: bool | None = Field(
+        default=None, description="safety flag of replies that have none, such as true for BFPO's buffer; None: they have none"
     )
     exclude_prompts: tuple[str, ...] = Field(
         default=(), description="sources whose prompts must not occur here, exactly or nearly: data or prompt files, 'starter', .npz prints"

@@ -46,7 +46,8 @@ class PackedBatch:
     segments: int64 like ids, 0 prompt and 1 reply (encoders with token types).
     source, target, branch, offset: int64 [R]; position whose logits predict, token predicted, and where its
     log-prob goes in [N, T]. source indexes the flattened ids.
-    unit, role: int64 [N]; mask: bool [N, T], the `learn` marks. facts: float64 [N] by name. row_ids: one per unit.
+    unit, role: int64 [N]; mask: bool [N, T], the `learn` marks; marks: bool [N, T] by name, the others.
+    facts: float64 [N] by name. row_ids: one per unit.
     sides: role → int64 [U], the branch of each unit with it; only roles that every unit has once, with tokens to learn.
     """
 
@@ -62,6 +63,7 @@ class PackedBatch:
     unit: Tensor
     role: Tensor
     mask: Tensor
+    marks: Mapping[str, Tensor]
     facts: Mapping[str, Tensor]
     sides: Mapping[str, Tensor]
     row_ids: tuple[str, ...]
@@ -71,7 +73,7 @@ class PackedBatch:
         moved: dict[str, Any] = {
             field.name: to_device(value, device) for field in fields(self) if isinstance(value := getattr(self, field.name), torch.Tensor)
         }
-        for name in ("facts", "sides"):
+        for name in ("marks", "facts", "sides"):
             moved[name] = {key: to_device(value, device) for key, value in getattr(self, name).items()}
         return replace(self, **moved)
 
@@ -149,9 +151,11 @@ def _branches(rows: Sequence[TokenRow]) -> dict[str, Any]:
     """The fields that know replies, not positions: the same for every form."""
     branches = [branch for row in rows for branch in row.branches]
     counts = [len(branch.ids) for branch in branches]
-    mask = np.zeros((len(branches), max(counts)), dtype=bool)
+    others = sorted({name for branch in branches for name in branch.marks} - {"learn"})
+    marks = {name: np.zeros((len(branches), max(counts)), dtype=bool) for name in ("learn", *others)}
     for index, branch in enumerate(branches):
-        mask[index, : counts[index]] = branch.marks["learn"]
+        for name, mark in branch.marks.items():
+            marks[name][index, : counts[index]] = mark
     names = sorted({name for branch in branches for name in branch.facts})
     return {
         "target": _tensor(np.concatenate([branch.ids for branch in branches])),
@@ -159,7 +163,8 @@ def _branches(rows: Sequence[TokenRow]) -> dict[str, Any]:
         "offset": _tensor(np.concatenate([np.arange(count) for count in counts])),
         "unit": _tensor(np.repeat(np.arange(len(rows)), [len(row.branches) for row in rows])),
         "role": _tensor(np.array([REPLY_ROLES.index(branch.role) for branch in branches])),
-        "mask": torch.from_numpy(mask),
+        "mask": torch.from_numpy(marks["learn"]),
+        "marks": {name: torch.from_numpy(marks[name]) for name in others},
         "sides": {role: side for role in {branch.role for branch in branches} if (side := _side(rows, role)) is not None},
         "facts": {name: torch.tensor([branch.facts.get(name, np.nan) for branch in branches], dtype=torch.float64) for name in names},
     }

@@ -186,6 +186,10 @@ class Objective(BaseModel):
         """Losses of each unit. Pure: no state, no randomness, no reduction over units."""
         raise TypeError(f"{type(self).__name__} does not say how to compute its loss.")
 
+    def facts(self) -> tuple[str, ...]:
+        """Facts every reply must have: those of `needs`, unless a setting names others."""
+        return self.needs.facts
+
     def count(self, marks: Mapping[str, NDArray[np.bool_]], facts: Mapping[str, float]) -> float:
         """What one unit adds to the step's divisor, known when planned. 1 a unit unless overridden (SFT: tokens).
 

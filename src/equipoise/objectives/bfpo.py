@@ -19,6 +19,10 @@ class BFPO(Objective):
     defaults g is ½ for (safe, safe), 1 for (safe, unsafe), −1 for (unsafe, safe) and −½ for (unsafe, unsafe): the last
     two reverse the order. `safe` is 1 or 0 on each reply, or a probability of being safe. Safe against safe at α = ½
     is IPO on summed log-ratios.
+
+    The flags come with the data (PKU-SafeRLHF, ordered by `better`), from columns `chosen_safe` and `rejected_safe`, or from
+    a scorer: `equipoise data replies`, `equipoise score`, then `data.verdicts` and `data.safe_when`. A buffer of helpful
+    pairs without flags takes `data.assume_safe: true`.
     """
 
     paper: ClassVar[str] = (

@@ -14,7 +14,7 @@ class NCA(Objective):
     """L = −log σ(βr_w) − ½ log σ(−βr_w) − ½ log σ(−βr_l), r = summed log-ratio of a reply [nats]."""
 
     paper: ClassVar[str] = "arXiv 2402.05369 (NCA, its pairwise form)"
-    departures: ClassVar[str] = "Two replies with preference labels only; the form for K scored replies is not covered."
+    departures: ClassVar[str] = "Two replies with preference labels only; the form for K scored replies is `nca_list`."
     needs: ClassVar[Needs] = Needs(roles=("chosen", "rejected"), reference="stored")
 
     beta: float = Field(default=0.01, gt=0, description="strength of the pull to the reference (1/nats)")

@@ -151,7 +151,8 @@ class Sizer:
     def _measure(self, block: str, trained: bool, recipe: TrainSettings, objective: Mapping[str, Any]) -> Sizes | None:
         from equipoise.objectives._load import build
 
-        needs = build(objective).needs
+        method = build(objective)
+        needs = method.needs
         records = self._load(block, trained)
         if records is None:
             expected = self.settings.expected.get(block)
@@ -163,7 +164,7 @@ class Sizer:
         if local_folder(recipe.model_name_or_path) is None:
             self._note(f"The tokenizer of {recipe.model_name_or_path} is not here: tokens are estimated from characters.")
             return Sizes(len(records), sum(_characters(record, needs.roles) for record in records) / CHARACTERS_A_TOKEN, counted=False)
-        rows, _ = tokenise(records, self._tokenizer(recipe.model_name_or_path), recipe.tokenise, needs.roles, needs.facts)
+        rows, _ = tokenise(records, self._tokenizer(recipe.model_name_or_path), recipe.tokenise, needs.roles, method.facts())
         lengths = tuple((int(prompt), tuple(int(reply) for reply in replies)) for prompt, replies in rows.lengths())
         return Sizes(len(rows), float(sum(prompt + sum(replies) for prompt, replies in lengths)), True, lengths)
 

@@ -124,7 +124,7 @@ def _rows(
         if may_be_empty:
             return Rows([], accounting, None)
         raise DataError(f"Stream {stream.name!r} has no rows left to train on: {accounting}.")
-    rows, tokens = tokenise(records, tokenizer, settings.tokenise, objective.needs.roles, objective.needs.facts)
+    rows, tokens = tokenise(records, tokenizer, settings.tokenise, objective.needs.roles, objective.facts())
     accounting.append(tokens.as_json())
     if not len(rows) and not may_be_empty:
         raise DataError(f"Stream {stream.name!r} has no rows left after tokenising: {tokens.as_json()}.")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from equipoise.core.errors import DataError, UsageError, nearest
+from equipoise.data.marks import with_marks
 from equipoise.data.plan import MicroBatch
 from equipoise.data.rows import TokenRow, TokenRows
 from equipoise.models.attention import NAME, attention_of
@@ -63,6 +64,8 @@ def check_stream(stream: Stream) -> None:
         for role in needs.roles:
             if role not in roles or (not needs.many and roles.count(role) != 1):
                 raise DataError(f"Row {row.id}: {type(stream.objective).__name__} needs exactly one {role!r} reply, found roles {roles}.")
+        if needs.many and len(roles) < 2:
+            raise DataError(f"Row {row.id}: {type(stream.objective).__name__} needs at least two replies, found one.")
         if not np.isfinite(count) or count <= 0:
             raise DataError(f"Row {row.id}: nothing to learn (its learn mask is empty). Drop the row.")
 
@@ -89,8 +92,8 @@ class Forward:
 
     def scored(self, model: Any, stream: Stream, rows: Sequence[int]) -> tuple[Scored, PackedBatch]:
         """Log-probs (or scores) of some rows of a stream, with their reference and statistics. policy, reference, mask: [N, T]."""
-        chosen = [stream.rows[row] for row in rows]
         needs = stream.objective.needs
+        chosen = [with_marks(stream.rows[row], needs.marks) for row in rows]
         batch = pack(chosen, self.form, self.pad_id).to(self.device)
         policy = score = reference = logits = None
         stats: dict[str, Tensor] = {}
@@ -116,6 +119,7 @@ class Forward:
                 unit=batch.unit,
                 role=batch.role,
                 stats=stats,
+                marks=batch.marks,
                 score=score,
                 facts=batch.facts,
                 sides=batch.sides,
@@ -161,6 +165,7 @@ def join(parts: Sequence[Scored]) -> Scored:
         unit=torch.cat([part.unit + int(first) for part, first in zip(parts, firsts, strict=False)]),
         role=torch.cat([part.role for part in parts]),
         stats={name: value for name in parts[0].stats if (value := stack([part.stats[name] for part in parts])) is not None},
+        marks={name: value for name in parts[0].marks if (value := stack([part.marks.get(name) for part in parts])) is not None},
         score=stack([part.score for part in parts]),
         facts={name: torch.cat([part.facts.get(name, nothing[len(part.mask)].to(part.mask.device)) for part in parts]) for name in names},
     )

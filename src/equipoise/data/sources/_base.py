@@ -140,6 +140,14 @@ def number(values: Mapping[str, Any], name: str) -> float | None:
     return result if math.isfinite(result) else None
 
 
+def scores(values: Mapping[str, Any], name: str) -> dict[str, float]:
+    """A column of scores: a number is the score `score`, a mapping holds several by name; what is missing is left out."""
+    value = values.get(name)
+    several = value if isinstance(value, Mapping) else {"score": value}
+    read = {str(key): number({name: one}, name) for key, one in several.items()}
+    return {key: one for key, one in read.items() if one is not None}
+
+
 def flag(values: Mapping[str, Any], name: str) -> bool | None:
     """True or false (also as 1 and 0, and as words in CSV files), or None where missing."""
     value = values.get(name)

@@ -2,7 +2,8 @@
 
 With messages the prompt may be left out (it is then the turns both sides share, compared turn by turn). With text it
 may not: where the prompt ends cannot be told from characters. A text prompt that is itself a "\\n\\nHuman:" transcript is
-parsed into its turns.
+parsed into its turns. Optional columns: `chosen_safe` and `rejected_safe` (true or false), `score_chosen` and
+`score_rejected` (a number, or a mapping with several by name).
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ COLUMNS = (frozenset({"prompt", "chosen", "rejected"}), frozenset({"chosen", "re
 
 
 def matches(columns: set[str], sample: Mapping[str, Any]) -> bool:
-    """Messages on both sides, or text on both sides with a prompt; scores and safe flags beside them belong to other formats."""
-    if not COLUMNS[1] <= columns or {"conversations", "score_chosen", "chosen_safe"} & columns:
+    """Messages on both sides, or text on both sides with a prompt, unless all columns of a format with more of them are there."""
+    if not COLUMNS[1] <= columns or "conversations" in columns or {"prompt", "chosen_safe", "rejected_safe"} <= columns:
         return False
     chosen, rejected = sample.get("chosen"), sample.get("rejected")
     if isinstance(chosen, (list, tuple)) and isinstance(rejected, (list, tuple)):
-        return True
+        return not {"score_chosen", "score_rejected"} <= columns
     return isinstance(chosen, str) and isinstance(rejected, str) and "prompt" in columns and not is_transcript(chosen)
 
 
@@ -36,7 +37,11 @@ def records(rows: Iterable[Row], settings: DataSettings, accounting: Accounting)
 
 
 def _record(row: Row, settings: DataSettings) -> Record:
-    values = row.values
+    return Record(_base.row_id(row), *pair(row.values))
+
+
+def pair(values: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[Reply, Reply]]:
+    """(prompt, the two replies) of a row, with their flags and scores where the columns are there."""
     chosen, rejected = (values.get(name) for name in ("chosen", "rejected"))
     if isinstance(chosen, str) or isinstance(rejected, str):
         prompt = prompt_of(values)
@@ -50,7 +55,11 @@ def _record(row: Row, settings: DataSettings) -> Record:
         else:
             prompt = prompt_of(values)
             texts = (_last(first, prompt), _last(second, prompt))
-    return Record(_base.row_id(row), prompt, (Reply(texts[0], "chosen"), Reply(texts[1], "rejected")))
+    replies = (
+        Reply(texts[0], "chosen", scores=_base.scores(values, "score_chosen"), safe=_base.flag(values, "chosen_safe")),
+        Reply(texts[1], "rejected", scores=_base.scores(values, "score_rejected"), safe=_base.flag(values, "rejected_safe")),
+    )
+    return prompt, replies
 
 
 def prompt_of(values: Mapping[str, Any], name: str = "prompt") -> tuple[Message, ...]:

@@ -1,6 +1,7 @@
 """Scored lists: a `prompt`, its `completions`, and `scores`, one number per completion (null where one is missing).
 
-`completions` hold texts, or mappings with `text` and optionally `score`, `safe` and `source`.
+`completions` hold texts, or mappings with `text` and optionally `score`, `safe` and `source`. A score may also be a
+mapping with several by name.
 """
 
 from __future__ import annotations
@@ -37,13 +38,12 @@ def _record(row: Row, settings: DataSettings) -> Record:
     replies = []
     for index, completion in enumerate(completions):
         entry = completion if isinstance(completion, Mapping) else {"text": completion}
-        score = _base.number(entry if scores is None else {"score": scores[index]}, "score")
         replies.append(
             Reply(
                 _base.text(entry, "text"),
                 "sample",
                 source=_base.optional_text(entry, "source"),
-                scores={} if score is None else {"score": score},
+                scores=_base.scores(entry if scores is None else {"score": scores[index]}, "score"),
                 safe=_base.flag(entry, "safe"),
             )
         )

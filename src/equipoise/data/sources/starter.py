@@ -1,7 +1,8 @@
 """The bundled starter set: `prompt`, `chosen`, `rejected`, `chosen_safe`, `rejected_safe`, `axis`, `topic`.
 
-Any file in these columns is read the same way. `dataset_name=starter` names the bundled files: `dataset_config_name=train`
-(the default) for training pairs, `judge` for the pairs a judge is trained on, which share no prompt with them.
+Any file in these columns is read the same way, its replies as text or as messages (as in `preference`).
+`dataset_name=starter` names the bundled files: `dataset_config_name=train` (the default) for training pairs, `judge` for
+the pairs a judge is trained on, which share no prompt with them.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.core.errors import UsageError, nearest
-from equipoise.core.records import Record, Reply
+from equipoise.core.records import Record
 from equipoise.data._read import Row
 from equipoise.data.accounting import Accounting
 from equipoise.data.settings import DataSettings
 from equipoise.data.sources import _base
-from equipoise.data.sources.preference import prompt_of
+from equipoise.data.sources.preference import pair
 
 COLUMNS = (frozenset({"prompt", "chosen", "rejected", "chosen_safe", "rejected_safe"}),)
 FOLDER = Path(__file__).parent.parent / "starter"
@@ -48,9 +49,5 @@ def records(rows: Iterable[Row], settings: DataSettings, accounting: Accounting)
 
 def _record(row: Row, settings: DataSettings) -> Record:
     values = row.values
-    replies = (
-        Reply(_base.text(values, "chosen"), "chosen", safe=_base.flag(values, "chosen_safe")),
-        Reply(_base.text(values, "rejected"), "rejected", safe=_base.flag(values, "rejected_safe")),
-    )
     facts = {name: values[name] for name in ("axis", "topic") if values.get(name) is not None}
-    return Record(_base.row_id(row), prompt_of(values), replies, facts)
+    return Record(_base.row_id(row), *pair(values), facts)

@@ -1,4 +1,7 @@
-"""UltraFeedback-binarized: `chosen` and `rejected` conversations with `score_chosen` and `score_rejected` (1 to 10)."""
+"""UltraFeedback-binarized: `chosen` and `rejected` conversations with `score_chosen` and `score_rejected` (1 to 10).
+
+A score may also be a mapping with several by name.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +30,8 @@ def records(rows: Iterable[Row], settings: DataSettings, accounting: Accounting)
 def _record(row: Row, settings: DataSettings) -> Record:
     sides = [_base.messages(row.values.get(name), name) for name in ("chosen", "rejected")]
     prompt, chosen, rejected = _base.shared_prompt(*sides)
-    replies = (Reply(chosen, "chosen", scores=_score(row, "chosen")), Reply(rejected, "rejected", scores=_score(row, "rejected")))
+    replies = (
+        Reply(chosen, "chosen", scores=_base.scores(row.values, "score_chosen")),
+        Reply(rejected, "rejected", scores=_base.scores(row.values, "score_rejected")),
+    )
     return Record(_base.row_id(row), prompt, replies)
-
-
-def _score(row: Row, side: str) -> dict[str, float]:
-    value = _base.number(row.values, f"score_{side}")
-    return {} if value is None else {"score": value}
