@@ -234,17 +234,20 @@ def test_a_pair_without_a_margin_has_margin_zero_here_and_none_in_trl() -> None:
 # Digits.
 
 
-@pytest.mark.parametrize("loss", ["apo_zero", "kto"])
-def test_a_reply_far_above_the_reference_keeps_its_gradient_here(loss: str) -> None:
-    """1 − σ(u) rounds to 0 in float32 from u = 17 on; σ(−u) does not."""
-    scored = pair(200.0, -200.0)
-    mine, my_gradient = ours(method("apo_zero", beta=0.1), scored)
-    settings = {"loss_type": "apo_zero", "beta": 0.1} if loss == "apo_zero" else {"loss_type": "apo_zero_unpaired", "beta": 0.1}
-    value, gradient = theirs("dpo" if loss == "apo_zero" else "kto", settings, scored if loss == "apo_zero" else labelled(scored))
-    assert float(mine) == pytest.approx(2 / (1 + math.exp(20.0)), rel=1e-5)
-    assert float(my_gradient[0, 0]) == pytest.approx(-0.1 * math.exp(-20.0), rel=1e-5)
-    assert float(gradient[0, 0]) == 0.0
-    assert float(value) < 0.6 * float(mine)
+SATURATED = [
+    ("dpo", "apo_zero", pair(200.0, -200.0), 0, -0.1),
+    ("dpo", "apo_down", pair(0.0, -200.0), 1, 0.1),
+    ("kto", "kto", labelled(pair(200.0, -200.0)), 0, -0.05),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "scored", "reply", "slope"), SATURATED, ids=[case[1] for case in SATURATED])
+def test_a_reply_far_from_the_reference_keeps_its_gradient_here(kind: str, name: str, scored: Scored, reply: int, slope: float) -> None:
+    """1 − σ(u) and its gradient are 0 in float32 from u = 17 on; those of σ(−u) are e^(−u)."""
+    _, my_gradient = ours(method(name, beta=0.1), scored)
+    _, gradient = theirs(kind, {"loss_type": name, "beta": 0.1}, scored)
+    assert float(my_gradient[reply, 0]) == pytest.approx(slope * math.exp(-20.0), rel=1e-5)
+    assert float(gradient[reply, 0]) == 0.0
 
 
 def test_discopop_of_a_pair_far_on_the_wrong_side_is_finite_here() -> None:
