@@ -45,7 +45,7 @@ def real() -> dict[str, Any]:
         model.requires_grad_(False)
     models[0].model.norm.weight.requires_grad_(True)
     tokenizer = load_tokenizer(ASSET)
-    rows = []
+    rows: list[TokenRow] = []
     for pair in read_jsonl(next(iter(starter.__path__)) + "/train_helpfulness.jsonl"):
         replies = {role: tokenizer(pair[role], add_special_tokens=False).input_ids for role in ("chosen", "rejected")}
         if max(map(len, replies.values())) <= LONGEST and len(rows) < PAIRS:
@@ -123,7 +123,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "settings", "spec"), CASES, ids=[spec["name"] for _, _, spec in CASES])
+@pytest.mark.parametrize(("kind", "settings", "spec"), CASES, ids=[str(spec["name"]) for _, _, spec in CASES])
 def test_a_step_of_smollm2_is_trls(kind: str, settings: dict[str, Any], spec: dict[str, Any], real: dict[str, Any]) -> None:
     rows = {"orpo": with_prompt_in_the_reply, "kto": as_samples}.get(kind, list)(real["rows"])
     mine, my_gradient = our_step(spec, real, rows)
