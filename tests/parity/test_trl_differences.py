@@ -202,6 +202,10 @@ def test_unpaired_apo_zero_is_half_of_the_paired_one() -> None:
     mine, my_gradient = ours(method("apo_zero", beta=0.3), scored)
     equal(2 * loss, mine)
     equal(2 * gradient[: 2 * UNITS], my_gradient)
+    samples = labelled(scored)
+    alone, its_gradient = ours(method("apo_zero_unpaired", beta=0.3), samples._take(of(samples, "sample")))
+    equal(loss, alone)
+    equal(gradient[: 2 * UNITS], its_gradient)
 
 
 def test_bco_on_labels_is_bco_pair_where_the_shift_is_zero() -> None:
