@@ -28,8 +28,9 @@ from equipoise.models.logps import unwrapped
 from equipoise.objectives._load import build
 from equipoise.reference.build import build as build_store
 from equipoise.reference.key import Context
+from equipoise.reference.live import LiveReference
 from equipoise.reference.store import ReferenceStore
-from equipoise.training import _model, _rows
+from equipoise.training import _references, _rows
 from equipoise.training import fit as fit_module
 from equipoise.training._model import make_trainable
 from equipoise.training._ranks import Ranks
@@ -42,7 +43,7 @@ from equipoise.training.sharding import shard
 from tests.tiny import pairs, preference_dicts, row, tiny
 
 CPU = torch.device("cpu")
-SPECS = ("dpo", "kto", "sft")
+SPECS = ("dpo", "kto", "sft", "bco", "aot", "tdpo2")
 WRAPS = ("ddp", "lora", "fsdp", "fsdp-lora")
 BUDGET = 40
 
@@ -52,13 +53,15 @@ BUDGET = 40
 
 def step_rows(name: str) -> list[TokenRow]:
     """A few units, one of them as long as all others: one rank has more micro-batches, and the other idles."""
-    long = {"dpo": {"chosen": 40, "rejected": 50}, "kto": {"sample": 45, "mismatched": 45}, "sft": {"gold": 90}}[name]
-    if name == "dpo":
-        return [*pairs(4), row("long", 20, long)]
+    if name == "sft":
+        return [*[row(f"s{number}", 3 + number, {"gold": 1 + 3 * number}) for number in range(6)], row("long", 20, {"gold": 90})]
     if name == "kto":
         short = [row(f"k{number}", 3 + number, {"sample": 4 + number, "mismatched": 9 - number}, label=number % 2) for number in range(4)]
-        return [*short, row("long", 20, long, label=1)]
-    return [*[row(f"s{number}", 3 + number, {"gold": 1 + 3 * number}) for number in range(6)], row("long", 20, long)]
+        return [*short, row("long", 20, {"sample": 45, "mismatched": 45}, label=1)]
+    if name == "bco":
+        short = [row(f"b{number}", 3 + number, {"sample": 4 + number}, label=number % 2) for number in range(6)]
+        return [*short, row("long", 20, {"sample": 90}, label=1)]
+    return [*pairs(4), row("long", 20, {"chosen": 40, "rejected": 50})]
 
 
 def step_stream(name: str, folder: Path) -> Stream:
@@ -105,7 +108,9 @@ def step_gradient(name: str, wrap: str, folder: Path, rank: int, world_size: int
     elif world_size > 1:
         model = DistributedDataParallel(plain)
         sync = lambda last: nullcontext() if last else model.no_sync()  # noqa: E731
-    runner = StepRunner([stream], Forward("packed", CPU), Meters(), lambda loss: loss.backward(), sync, rank, world_size)
+    live = LiveReference(tiny(seed=7))
+    live.model.set_attn_implementation(NAME)
+    runner = StepRunner([stream], Forward("packed", CPU, live=live), Meters(), lambda loss: loss.backward(), sync, rank, world_size)
     with attention_of(unwrapped(plain), NAME):
         loss = float(runner.run(model, step))
     gradients = {
@@ -215,7 +220,7 @@ def counted(base: Path, folder: Path) -> dict[str, Any]:
         setattr(module, name, wrapper)
 
     count(_rows, "tokenise", "tokenise")
-    count(_model, "weights_fingerprint", "weights")
+    count(_references, "weights_fingerprint", "weights")
     count(fit_module, "model_identity", "identity")
     atomic = files.atomic
 

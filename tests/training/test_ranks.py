@@ -107,7 +107,7 @@ def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize("name", SPECS)
 def test_a_step_of_two_is_a_step_of_one(name: str, wrap: str, folder: Path, tmp_path: Path) -> None:
-    """Uneven hands, an idle rank, a coupled objective (KTO): the gradient each rank ends with is the whole step's."""
+    """Uneven hands, an idle rank, coupled objectives, whole distributions: the gradient each rank ends with is the whole step's."""
     wanted = step_gradient(name, wrap, tmp_path, 0, 1)
     wanted_loss = float(wanted.pop("loss"))
     assert wanted.pop("idle") == 0
