@@ -22,6 +22,7 @@ from markupsafe import Markup
 from equipoise.core.files import write_text
 from equipoise.study import figures, tables
 from equipoise.study._report import markdown, numbers, svg, theme, words
+from equipoise.study._report.credit import credit_view
 from equipoise.study._report.read import Arm, StudyFiles, listing, mapping, read_study
 
 _LONGEST = 20_000
@@ -108,6 +109,7 @@ def _content(files: StudyFiles) -> dict[str, Any]:
         "evaluated": bool(files.evaluation),
         "withheld": files.withheld,
         "replies": len(files.replies),
+        "credit": credit_view(files),
     }
 
 
