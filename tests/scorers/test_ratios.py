@@ -64,13 +64,14 @@ def test_replies_to_one_prompt_run_it_once_and_score_as_each_alone(policy, base,
 
 
 def test_an_attention_that_cannot_be_packed_is_padded(policy, base, byte_tokenizer, completions, monkeypatch):
-    expected = LogRatios(policy, base, byte_tokenizer)(completions)
+    items = [*completions, replace(completions[0], id="again")]  # a prompt twice, or packing would not be tried
+    expected = LogRatios(policy, base, byte_tokenizer)(items)
 
     def fails(model, name):
         raise ValueError("this family's attention cannot be replaced")
 
     monkeypatch.setattr("equipoise.models.attention.attention_of", fails)
-    found = LogRatios(policy, base, byte_tokenizer)(completions)
+    found = LogRatios(policy, base, byte_tokenizer)(items)
     assert [ratio.nats for ratio in found] == pytest.approx([ratio.nats for ratio in expected], abs=1e-4)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import re
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +100,8 @@ METRICS: dict[str, dict[str, Any]] = {
 }
 
 
-def build_study(folder: Path, prompts_per_axis: int = 30, extra_arms: int = 0, seed: int = 0, credited: int = 0) -> Path:
-    """Write a finished study into `folder` and return it.
-
-    extra_arms: arms beyond the four, for crowded figures. credited: replies of each axis with token credit, trained arms only.
-    """
+def build_study(folder: Path, prompts_per_axis: int = 30, extra_arms: int = 0, seed: int = 0) -> Path:
+    """Write a finished study into `folder`. `extra_arms` adds arms beyond the four, for crowded figures. Returns it."""
     draw = random.Random(seed)
     arms = {**ARMS, **{f"variant_{number}": 0.3 + 0.15 * number for number in range(extra_arms)}}
     _write(folder / "study.lock.json", _lock(arms, prompts_per_axis))
@@ -121,35 +117,8 @@ def build_study(folder: Path, prompts_per_axis: int = 30, extra_arms: int = 0, s
     rows += [{"name": name, "seed": 0, "status": "done", "error": None, "stages": [], "model": None, "cost": {}} for name in NULLS]
     _write(folder / "arms.json", {"schema_version": 1, "arms": rows})
     _write(folder / "evaluation/evaluation.json", _evaluation(arms, prompts_per_axis, draw))
-    replies = _replies(arms, prompts_per_axis, draw)
-    _lines(folder / "evaluation/replies.jsonl", replies)
-    if credited:
-        _credit(folder, [row for row in rows if row["name"] in arms and row["name"] != "base" and row["seed"] == 0], replies, credited)
+    _lines(folder / "evaluation/replies.jsonl", _replies(arms, prompts_per_axis, draw))
     return folder
-
-
-def _credit(folder: Path, arms: list[dict[str, Any]], replies: list[dict[str, Any]], count: int) -> None:
-    """`token_credit.jsonl` of each arm's score stage: words as pieces, credits by chance, then the end token."""
-    draw = random.Random(1)
-    asked = [row for axis in TOPICS for row in [row for row in replies if row["axis"] == axis][:count]]
-    for arm in arms:
-        lines = []
-        for row in asked:
-            texts = [*re.findall(r"\s*\S+|\s+$", row["replies"][arm["name"]]["text"]), ""]
-            pieces: list[dict[str, Any]] = []
-            for text in texts:
-                base = -draw.expovariate(0.6)
-                policy = min(-0.01, base + draw.gauss(0.3, 1.6))
-                piece = {"text": text, "tokens": draw.choice((1, 1, 2)), "credit": 0.1 * (policy - base), "policy": policy, "base": base}
-                pieces.append(piece if text else {**piece, "aside": "</s>"})
-            total = sum(piece["credit"] for piece in pieces)
-            lines.append(
-                {"id": row["id"], "beta": 0.1, "credit": total, "tokens": sum(piece["tokens"] for piece in pieces), "pieces": pieces}
-            )
-        stage = next(stage for stage in arm["stages"] if stage["kind"] == "score")
-        _lines(folder / stage["folder"] / "token_credit.jsonl", lines)
-        scorers = [{"scorer": "reward_model"}, {"scorer": "token_credit", "base_model_name_or_path": "smollm2-135m-instruct"}]
-        _write(folder / stage["folder"] / "settings.json", {"scorers": scorers})
 
 
 def _lock(arms: dict[str, float], prompts_per_axis: int) -> dict[str, Any]:

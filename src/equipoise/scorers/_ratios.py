@@ -26,6 +26,8 @@ Floats = NDArray[np.float64]
 Text = Literal["never", "missing", "always"]
 NO_TOKENS = "no token ids"
 _NO_LIMIT = 2**31
+_FEW = 12
+"""Rows with no prompt in common up to which packing is not tried: it would cost more than it saves."""
 _TOLERANCE = 1e-4
 """Nats a token by which packed rows may differ from padded ones in float32: what training's start check allows."""
 
@@ -124,9 +126,10 @@ class LogRatios:
         """What `read` (None: the log-probs) says of each reply's tokens, [T] by the row's id."""
         from equipoise.generation._rows import spare_padding
 
-        packs = self._packs(model, rows)
-        # Packed, a prompt is run once for all its replies, and nothing is padded.
-        units = shared_prompts(rows, self._batch_tokens) if packs else list(rows)
+        # Packed, a prompt is run once for all its replies, and nothing is padded. To try it costs three rows.
+        units = shared_prompts(rows, self._batch_tokens)
+        packs = (len(rows) > _FEW or len(units) < len(rows)) and self._packs(model, rows)
+        units = units if packs else list(rows)
         spare = self._batch_tokens if packs else spare_padding(next(model.parameters()).device)
         found: dict[str, Floats] = {}
         for batch in length_batches([unit.tokens for unit in units], self._batch_tokens, spare):

@@ -85,8 +85,8 @@
     });
     // Going on to a piece out of sight scrolls the page; its numbers go along.
     window.addEventListener("scroll", function () {
-      var piece = document.activeElement;
-      if (piece && piece.matches(".pieces .c")) tell(piece); else hide();
+      var piece = tip.hidden ? null : document.querySelector(".pieces .c:focus") || document.querySelector(".pieces .c:hover");
+      if (piece) tell(piece); else hide();
     }, { passive: true, capture: true });
   }
 
