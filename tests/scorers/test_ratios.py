@@ -8,11 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from equipoise.generation._base import Prompt, Sampling
+from equipoise.core.records import Message, Record, Reply
+from equipoise.data.settings import TokeniseSettings
+from equipoise.generation._base import Completion, Prompt, Sampling
 from equipoise.generation.local import LocalGenerator
 from equipoise.scorers._ratios import LogRatios, length_batches
 from equipoise.scorers.implicit import ImplicitReward
 from equipoise.scorers.kl_to_base import KlToBase, KlToBaseSettings
+from equipoise.scorers.reward_model import pair_accuracy
 
 
 def plain_logps(model, tokenizer, completion):
@@ -61,13 +64,14 @@ def test_replies_to_one_prompt_run_it_once_and_score_as_each_alone(policy, base,
 
 
 def test_an_attention_that_cannot_be_packed_is_padded(policy, base, byte_tokenizer, completions, monkeypatch):
-    expected = LogRatios(policy, base, byte_tokenizer)(completions)
+    items = [*completions, replace(completions[0], id="again")]  # a prompt twice, or packing would not be tried
+    expected = LogRatios(policy, base, byte_tokenizer)(items)
 
     def fails(model, name):
         raise ValueError("this family's attention cannot be replaced")
 
     monkeypatch.setattr("equipoise.models.attention.attention_of", fails)
-    found = LogRatios(policy, base, byte_tokenizer)(completions)
+    found = LogRatios(policy, base, byte_tokenizer)(items)
     assert [ratio.nats for ratio in found] == pytest.approx([ratio.nats for ratio in expected], abs=1e-4)
 
 
@@ -113,3 +117,40 @@ def test_a_batch_ends_before_it_is_mostly_padding():
     # 9, 9, 7: 2 padded positions; the 3 would add 6. Then 3 and 1 with 2.
     assert list(length_batches([9, 3, 7, 1, 9], 99, spare=3)) == [[0, 4, 2], [1, 3]]
     assert list(length_batches([9, 3, 9], 99, spare=0)) == [[0, 2], [1]]
+
+
+def test_the_implicit_reward_reads_texts_where_there_are_no_tokens(policy, base, byte_tokenizer, completions):
+    """As a reward model is used: on any text, its end included, as training lays it out."""
+    spelt = [replace(item, token_ids=(*byte_tokenizer(f" {item.text}")["input_ids"], 256)) for item in completions]
+    expected = [verdict.value for verdict in ImplicitReward(LogRatios(policy, base, byte_tokenizer))(spelt)]
+    bare = [replace(item, token_ids=()) for item in completions]
+    missing, always = (ImplicitReward(LogRatios(policy, base, byte_tokenizer, text=text)) for text in ("missing", "always"))
+    assert [verdict.value for verdict in missing(bare)] == pytest.approx(expected, abs=1e-4)
+    # Ids that are there may be another tokenizer's: `always` does not look at them.
+    assert [verdict.value for verdict in always(completions)] == pytest.approx(expected, abs=1e-4)
+    assert [verdict.value for verdict in missing([bare[0], spelt[1]])] == pytest.approx(expected[:2], abs=1e-4)
+    (empty,) = missing([replace(bare[0], text="")])
+    assert empty.value is not None
+
+
+def test_a_text_beyond_the_limit_gets_no_verdict_and_says_why(policy, base, byte_tokenizer, completions):
+    bare = [replace(completions[1], token_ids=()), replace(completions[1], token_ids=(), text="flour " * 40)]
+    ratios = LogRatios(policy, base, byte_tokenizer, TokeniseSettings(max_length=60), text="missing")
+    short, long = ImplicitReward(ratios)(bare)
+    assert short.value is not None
+    assert long.value is None
+    assert "max_length (60 tokens)" in long.reason
+
+
+def test_pair_accuracy_of_an_implicit_reward(policy, base, byte_tokenizer):
+    """The policy's own preference between two texts, as a reward model's would be counted."""
+    scorer = ImplicitReward(LogRatios(policy, base, byte_tokenizer, text="missing"))
+    texts = [("yes please", "no"), ("flour and salt", "wait then")]
+    pairs = [
+        Record(str(number), (Message("user", "bread ?"),), (Reply(first, "chosen"), Reply(second, "rejected")))
+        for number, (first, second) in enumerate(texts)
+    ]
+    values = [scorer([Completion("x", (Message("user", "bread ?"),), text)])[0].value for pair in texts for text in pair]
+    found = pair_accuracy(scorer, pairs, [])
+    assert (found["pairs"], found["missing"]) == (2, 0)
+    assert found["correct"] == (values[0] > values[1]) + (values[2] > values[3])

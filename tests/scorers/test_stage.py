@@ -103,3 +103,28 @@ def test_both_verbs_from_prompts_to_verdicts(policy, encoder, byte_tokenizer, wo
     assert "Did you mean 'completions'" in capsys.readouterr().err
     assert main(["score", str(tmp_path / "made" / "completions.jsonl"), "-o", str(tmp_path / "for-people")]) == 0
     assert "verdicts.jsonl" in capsys.readouterr().out
+
+
+def test_a_policy_is_tried_on_pairs_from_the_command_line(policy, base, byte_tokenizer, tmp_path, capsys):
+    for name, model in (("policy", policy), ("base", base)):
+        model.save_pretrained(tmp_path / name)
+        byte_tokenizer.save_pretrained(tmp_path / name)
+    pairs = tmp_path / "pairs.jsonl"
+    write_jsonl(pairs, ({"prompt": f"bread {n} ?", "chosen": "yes please, " * (n + 1), "rejected": "no"} for n in range(5)))
+    pair = ("--implicit", str(tmp_path / "policy"), "--base", str(tmp_path / "base"))
+    assert main(["score", "--pairs", str(pairs), *pair, "-o", str(tmp_path / "run"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["results"]["counts"]["pairs"] == 5
+    assert found["results"]["counts"]["missing"] == 0
+    assert found["results"]["pair_accuracy"]["value"] == pytest.approx(20.0 * found["results"]["counts"]["correct"])
+    assert found["results"]["length_baseline"]["value"] == 100.0
+    assert main(["score", "--pairs", str(pairs), *pair, "-o", str(tmp_path / "run")]) == 0
+    assert "was already done" in capsys.readouterr().out
+    # The same scorer, on completions.
+    completions = tmp_path / "completions.jsonl"
+    write_jsonl(completions, [Completion("c", (Message("user", "Why?"),), "Because.").as_json()])
+    assert main(["score", str(completions), *pair, "-o", str(tmp_path / "scored"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["results"]["scorers"]["implicit"]["n"] == 1
+    assert main(["score", str(completions), *pair[:2]]) == 2
+    assert main(["score", "--pairs", str(pairs)]) == 2
+    assert "one scorer" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import pytest
 from equipoise.study.report import build_report
 
 from .synthetic import build_study
+from .synthetic_credit import add_credit
 
 pytestmark = pytest.mark.browser
 ARGUMENTS = [
@@ -29,7 +30,7 @@ ARGUMENTS = [
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a made-up study of 300 prompts and ten arms."""
-    return build_report(build_study(tmp_path_factory.mktemp("study") / "starter", prompts_per_axis=100, extra_arms=2))
+    return build_report(add_credit(build_study(tmp_path_factory.mktemp("study") / "starter", prompts_per_axis=100, extra_arms=2), 2))
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +143,49 @@ def test_turns_dark_by_the_system_and_by_the_button_and_remembers(opened: Any) -
     assert line.evaluate("node => getComputedStyle(node).stroke") == "rgb(92, 179, 234)"
     light.reload()
     assert paper(light) == paper(dark)
+
+
+def test_token_credit_tells_its_numbers_on_hover_and_by_keyboard(opened: Any) -> None:
+    from playwright.sync_api import expect
+
+    page = opened()
+    reply, tip = page.locator("#credit .pieces").first, page.locator("#credit-tip")
+    piece = reply.locator(".c").nth(2)
+    expect(tip).to_be_hidden()
+    piece.hover()
+    expect(tip).to_be_visible()
+    told = dict(line.split("\t") for line in piece.get_attribute("data-told").split("\n"))
+    assert tip.locator("q").inner_text() == piece.inner_text()
+    assert tip.locator("dd").all_inner_texts()[:3] == [told["credit"], told["trained"], told["reference"]]
+    page.mouse.move(2, 2)
+    expect(tip).to_be_hidden()
+    # One stop of the Tab key a reply; arrows go on inside it.
+    first = reply.locator(".c").first
+    first.focus()
+    expect(tip).to_be_visible()
+    assert first.get_attribute("aria-describedby") == tip.get_attribute("id")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert tip.locator("q").inner_text() == piece.inner_text()
+    assert reply.locator(".c[tabindex='0']").count() == 1
+    page.keyboard.press("End")
+    assert tip.locator("q").inner_text() == "</s>"
+    page.keyboard.press("Escape")
+    expect(tip).to_be_hidden()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.closest('.pieces') !== document.querySelector('.pieces')")
+    # Blame is told apart without colour, and the numbers stay on the screen.
+    line = "node => getComputedStyle(node).textDecorationLine"
+    assert page.locator("#credit .pieces .n2").first.evaluate(line) == "underline"
+    assert page.locator("#credit .pieces .p2").first.evaluate(line) == "none"
+    phone = opened(width=320, height=640)
+    for edge in (phone.locator("#credit .pieces .c").nth(number) for number in range(6)):
+        edge.hover()
+        box = phone.locator("#credit-tip").bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= 320
+        assert box["y"] >= 0
+        assert box["y"] + box["height"] <= 640
 
 
 @pytest.mark.parametrize("width", [320, 390, 768, 1280])

@@ -22,6 +22,37 @@ def make(values, *overrides):
     return StudySettings.make(values, overrides)
 
 
+# ---- the judge and the token credit
+
+
+def test_an_implicit_judge_needs_two_finished_models(values):
+    pair = ("judge.scorer=implicit", "judge.base_model_name_or_path=base")
+    with pytest.raises(UsageError, match="no `data` to train on"):
+        make(values, *pair)
+    with pytest.raises(UsageError, match="give `base_model_name_or_path`"):
+        make(values, "judge.scorer=implicit", "judge.data=[]")
+    with pytest.raises(UsageError, match="belongs to `scorer: implicit`"):
+        make(values, "judge.base_model_name_or_path=base")
+    study = make(values, *pair, "judge.data=[]")
+    other = make(values, "judge.scorer=implicit", "judge.base_model_name_or_path=other", "judge.data=[]")
+    (held_out,), (held_out_other,) = build_graph(study).judge, build_graph(other).judge
+    assert held_out.kind == "held_out"
+    assert held_out.key != held_out_other.key
+
+
+def test_token_credit_changes_only_the_scores_it_is_part_of(values):
+    """Of trained arms with the first seed; its time is in the plan."""
+    on, off = (make(values, "seeds=[0,1]", f"evaluation.token_credit={count}") for count in (2, 0))
+    keys = [{(arm.name, arm.seed): arm.score.key for arm in build_graph(study).arms} for study in (on, off)]
+    changed = {name for name in keys[0] if keys[0][name] != keys[1][name]}
+    assert changed == {("sft", 0), ("dpo", 0), ("sft_dpo", 0)}
+    plans = [plan_study(study, machine=MACHINE) for study in (on, off)]
+    dpo = next(arm for arm in plans[0].graph.arms if (arm.name, arm.seed) == ("dpo", 0))
+    without = next(arm for arm in plans[1].graph.arms if (arm.name, arm.seed) == ("dpo", 0))
+    more, less = plans[0].seconds(dpo.score), plans[1].seconds(without.score)
+    assert more > less > 0
+
+
 # ---- bundled studies
 
 

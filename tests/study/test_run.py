@@ -94,6 +94,24 @@ def test_kl_to_the_base_is_measured_for_trained_arms_only(finished):
     assert all({"reward", "invalid", "refusal", "length"} <= by for by in signed.values())
 
 
+def test_first_replies_of_trained_arms_are_credited_token_by_token(finished):
+    _, folder = finished
+    found = {path.parent.name.split("-")[1]: read_jsonl(path) for path in folder.glob("stages/score-*/token_credit.jsonl")}
+    assert set(found) == {"sft", "dpo", "sft_dpo"}
+    for name, lines in found.items():
+        assert [line["id"] for line in lines] == [f"{axis}-{number}" for axis in ("helpful", "harmful", "benign") for number in range(2)]
+        texts = {row["id"]: row["text"] for row in read_jsonl(stage(folder, "generate", name) / "completions.jsonl")}
+        verdicts = read_jsonl(stage(folder, "score", name) / "verdicts.jsonl")
+        sums = {row["id"]: row["value"] for row in verdicts if row["by"] == "token_credit"}
+        # The one says nats a token, the other 0.1 a nat: the same log-ratio.
+        tokens = {row["id"]: row["value"] for row in verdicts if row["by"] == "length"}
+        apart = {row["id"]: row["value"] for row in verdicts if row["by"] == "kl_to_base"}
+        for line in lines:
+            assert "".join(piece["text"] for piece in line["pieces"]) == texts[line["id"]]
+            assert sums[line["id"]] == line["credit"] == pytest.approx(0.1 * apart[line["id"]] * tokens[line["id"]], abs=1e-6)
+    assert "Token credit" in (folder / "report" / "report.html").read_text(encoding="utf-8")
+
+
 def test_the_lock_says_what_was_decided_beforehand(finished):
     values, folder = finished
     lock = read_json(folder / "study.lock.json")
@@ -196,6 +214,29 @@ def test_where_every_arm_failed_nothing_is_said(values, tmp_path, monkeypatch):
         run_study(make(small), tmp_path / "study")
     assert failures(tmp_path / "study")["base (seed 0)"] == "RuntimeError: no reply"
     assert not (tmp_path / "study" / "evaluation").exists()
+
+
+def test_an_implicit_reward_judges_wherever_a_reward_model_does(values, tiny, tmp_path):
+    """DPO's own policy against its reference, on every arm's replies and on held-out pairs; no token credit asked."""
+    values["judge"] = {
+        "name": "own",
+        "scorer": "implicit",
+        "model_name_or_path": tiny["opt"],
+        "base_model_name_or_path": tiny["llama"],
+        "held_out": "held_out",
+    }
+    values["arms"], values["primary"] = {"base": [], "sft": ["sft"]}, []
+    values["evaluation"] |= {"null_policies": ["empty"], "kl_to_base": False, "token_credit": 0}
+    folder = run_study(make(values), tmp_path / "study")
+    held_out = read_json(stage(folder, "held_out", "own") / "held_out.json")
+    assert (held_out["pair_accuracy"]["n"], held_out["counts"]["missing"]) == (6, 0)
+    for name in ("base", "sft", "empty"):
+        rewards = [row for row in read_jsonl(stage(folder, "score", name) / "verdicts.jsonl") if row["by"] == "reward"]
+        assert len(rewards) == 9
+        assert None not in [row["value"] for row in rewards]
+    evaluation = read_json(folder / "evaluation" / "evaluation.json")
+    assert evaluation["judge"]["weights"] == f"{tiny['opt']}, implicit reward against {tiny['llama']}"
+    assert not list(folder.glob("stages/score-*/token_credit.jsonl"))
 
 
 def test_killed_at_several_points_and_continued_it_ends_the_same(finished, tmp_path):

@@ -1,4 +1,4 @@
-"""`equipoise score`: verdicts on a file of completions."""
+"""`equipoise score`: verdicts on a file of completions, or how often a scorer is right about pairs."""
 
 from __future__ import annotations
 
@@ -13,28 +13,50 @@ def run(
     completions: Annotated[str | None, typer.Argument(help="a completions.jsonl file")] = None,
     scorers: Annotated[list[str] | None, typer.Option("--scorer", help="invalid, refusal or length (repeatable)")] = None,
     reward_model: Annotated[str | None, typer.Option("--reward-model", help="score with this sequence-classification model too")] = None,
+    implicit: Annotated[
+        str | None, typer.Option("--implicit", help="score with this policy's implicit reward too, its reference in --base")
+    ] = None,
+    base: Annotated[str | None, typer.Option("--base", help="reference of the implicit reward")] = None,
+    pairs: Annotated[
+        str | None, typer.Option("--pairs", help="preference data: how often the one scorer given prefers the chosen reply")
+    ] = None,
     output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="stage folder")] = None,
     config: Config = None,
     overrides: Set = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Score completions: reward models, rules, KL to the base, judges. Writes verdicts.jsonl.
+    """Score completions: reward models, implicit rewards, rules, KL to the base, judges. Writes verdicts.jsonl.
 
     Example: equipoise score runs/base/completions.jsonl --reward-model runs/judge/model -o runs/base-scores
+
+    With --pairs, try a scorer on preference data instead. Writes held_out.json.
+
+    Example: equipoise score --pairs held_out.jsonl --implicit runs/dpo/model --base smollm2-135m-instruct -o runs/dpo-pairs
     """
+    from equipoise.core.errors import UsageError
     from equipoise.core.settings import read_yaml
     from equipoise.scorers import ScoreSettings, score
     from equipoise.scorers._base import RULES
 
+    if (implicit is None) != (base is None):
+        raise UsageError("An implicit reward needs both --implicit (the policy) and --base (its reference).")
     values: dict[str, Any] = read_yaml(config) if config else {}
     asked: list[Any] = list(scorers or ())
-    if reward_model is not None:
-        asked = [*(asked or values.pop("scorers", None) or RULES), {"scorer": "reward_model", "model_name_or_path": reward_model}]
+    models: list[Any] = [{"scorer": "reward_model", "model_name_or_path": reward_model}] if reward_model else []
+    models += [{"scorer": "implicit", "model_name_or_path": implicit, "base_model_name_or_path": base}] if implicit else []
+    if models:
+        asked = [*(asked or values.pop("scorers", None) or (() if pairs else RULES)), *models]
     if asked:
         values["scorers"] = asked
     values |= {name: value for name, value in {"completions": completions, "output_dir": output_dir}.items() if value is not None}
-    done = score(ScoreSettings.make(values, overrides or (), config or ""), overwrite)
+    if pairs is not None:
+        values.setdefault("completions", "")
+    settings = ScoreSettings.make(values, overrides or (), config or "")
+    if pairs is not None:
+        _try_on_pairs(settings, pairs, overwrite, as_json)
+        return
+    done = score(settings, overwrite)
     if as_json:
         emit_json({"folder": str(done.folder), "skipped": done.skipped, "seconds": round(done.seconds, 1), "results": dict(done.results)})
         return
@@ -42,3 +64,30 @@ def run(
     rows = [(name, item["n"], item["missing"], "" if item["mean"] is None else f"{item['mean']:.4g}") for name, item in summary.items()]
     table("verdicts", ("scorer", "n", "no verdict", "mean"), rows)
     line(("was already done: " if done.skipped else f"done in {done.seconds:.0f} s: ") + f"{done.folder}/verdicts.jsonl")
+
+
+def _try_on_pairs(settings: Any, pairs: str, overwrite: bool, as_json: bool) -> None:
+    """Pair accuracy of the one scorer asked for, beside guessing by length."""
+    from equipoise.core.errors import UsageError
+    from equipoise.core.files import read_json
+    from equipoise.data.settings import DataSettings
+    from equipoise.evaluation.held_out import HELD_OUT, held_out
+
+    if settings.completions or len(settings.scorers) != 1:
+        raise UsageError("--pairs tries one scorer on preference data: give one scorer (--reward-model or --implicit), no completions.")
+    done = held_out(settings.scorers[0], {pairs: DataSettings(dataset_name=pairs)}, settings.output_dir, overwrite=overwrite)
+    found = read_json(done.folder / HELD_OUT)
+    if as_json:
+        emit_json({"folder": str(done.folder), "skipped": done.skipped, "seconds": round(done.seconds, 1), "results": found})
+        return
+    rows = [
+        (
+            name,
+            item["n"],
+            item["missing"],
+            "" if item["value"] is None else f"{item['value']:.1f} ({item['low']:.1f} to {item['high']:.1f})",
+        )
+        for name, item in (("prefers the chosen reply", found["pair_accuracy"]), ("guessing by length", found["length_baseline"]))
+    ]
+    table(f"{found['counts']['pairs']} pairs", ("", "n", "no verdict", "%"), rows)
+    line(("was already done: " if done.skipped else f"done in {done.seconds:.0f} s: ") + f"{done.folder}/{HELD_OUT}")

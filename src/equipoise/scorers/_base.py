@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,16 +15,21 @@ from equipoise.generation._base import Completion, chosen
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one scorer says of one completion. value None: it could not say, and reason tells why."""
+    """What one scorer says of one completion. value None: it could not say, and reason tells why.
+
+    detail: what else it found; the `score` stage keeps it in a file of the scorer's own name, beside the verdicts.
+    """
 
     id: str
     by: str
     value: float | None
     reason: str = ""
+    detail: Mapping[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """One line of `verdicts.jsonl`."""
-        return {"id": self.id, "by": self.by, "value": self.value, "reason": self.reason}
+        """One line of `verdicts.jsonl`, and the detail where there is one."""
+        row = {"id": self.id, "by": self.by, "value": self.value, "reason": self.reason}
+        return row if self.detail is None else {**row, "detail": dict(self.detail)}
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Verdict:
@@ -45,11 +50,15 @@ class Scorer(Protocol):
 class ScorerSettings(Settings, ABC):
     """Base of each scorer's settings. `scorer` is the name of its module in this folder."""
 
-    scorer: str = Field(description="rules, reward_model, kl_to_base, implicit, ensemble or judge")
+    scorer: str = Field(description="rules, reward_model, kl_to_base, implicit, token_credit, ensemble or judge")
 
     def inputs(self) -> dict[str, str]:
         """What the scorer reads besides the completions: name → fingerprint."""
         return {}
+
+    def asked(self, completions: Sequence[Completion]) -> Sequence[Completion]:
+        """Which completions it scores: all of them, unless a scorer's settings say otherwise."""
+        return completions
 
     @abstractmethod
     def build(self) -> Scorer:

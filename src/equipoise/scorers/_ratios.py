@@ -1,37 +1,58 @@
-"""Log-ratios of a policy to its base over a completion's own tokens: what `kl_to_base` and `implicit` read."""
+"""Log-ratios of a policy to its base over a reply's tokens: what `kl_to_base`, `implicit` and `token_credit` read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
+from equipoise.core.records import Record, Reply
+from equipoise.data._encode import Encoder
+from equipoise.data.accounting import Accounting
 from equipoise.data.rows import Branch, TokenRow
 from equipoise.data.settings import TokeniseSettings
-from equipoise.data.tokenise import prompt_ids, prompts_ids
+from equipoise.data.tokenise import prompt_ids, prompts_ids, tokenise_units
 from equipoise.generation._base import Completion
 from equipoise.generation._text import model_inputs
-from equipoise.scorers._base import ScorerSettings, Verdict
+from equipoise.scorers._base import ScorerSettings
 
+Floats = NDArray[np.float64]
+Text = Literal["never", "missing", "always"]
+NO_TOKENS = "no token ids"
 _NO_LIMIT = 2**31
+_FEW = 12
+"""Rows with no prompt in common up to which packing is not tried: it would cost more than it saves."""
 _TOLERANCE = 1e-4
 """Nats a token by which packed rows may differ from padded ones in float32: what training's start check allows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """log π(y|x) − log π_base(y|x) of one completion: the sum in nats and its number of tokens."""
+    """Log-probs of one reply's tokens under policy and base, [T] nats each, and the tokens."""
 
-    nats: float
-    tokens: int
+    ids: tuple[int, ...]
+    policy: Floats
+    base: Floats
+
+    @property
+    def nats(self) -> float:
+        """log π(y|x) − log π_base(y|x)."""
+        return float(self.policy.sum() - self.base.sum())
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the reply has, its end included."""
+        return len(self.ids)
 
 
 class LogRatios:
-    """Scores completions' tokens under two causal models that share a tokenizer.
+    """Scores replies' tokens under two causal models that share a tokenizer.
 
     Args:
         policy: the model that wrote the completions (or another one to ask about them).
@@ -39,52 +60,84 @@ class LogRatios:
         tokenizer: the tokenizer of both.
         tokenise: how prompts became tokens when the completions were written.
         batch_tokens: tokens of a batch, padding included, at most; a single row may exceed it.
+        text: when a reply's text is made tokens, its end included, as in training: `never`; `missing`, where it carries no
+            token ids; `always`, also where another tokenizer may have written those it carries.
     """
 
-    def __init__(self, policy: Any, base: Any, tokenizer: Any, tokenise: TokeniseSettings | None = None, batch_tokens: int = 8192) -> None:
-        self._models, self._tokenizer = (policy, base), tokenizer
-        self._tokenise, self._batch_tokens = tokenise or TokeniseSettings(), batch_tokens
+    def __init__(
+        self,
+        policy: Any,
+        base: Any,
+        tokenizer: Any,
+        tokenise: TokeniseSettings | None = None,
+        batch_tokens: int = 8192,
+        text: Text = "never",
+    ) -> None:
+        self._models, self.tokenizer = (policy, base), tokenizer
+        self._tokenise, self._batch_tokens, self._text = tokenise or TokeniseSettings(), batch_tokens, text
 
-    def __call__(self, completions: Sequence[Completion]) -> list[Ratio | None]:
-        """One ratio per completion, in order; None where it carries no token ids."""
-        told = [index for index, item in enumerate(completions) if item.token_ids]
-        found: list[Ratio | None] = [None] * len(completions)
-        if told:
-            rows = self._rows([completions[index] for index in told])
-            policy, base = (self._sums(model, rows) for model in self._models)
-            for index, ours, theirs in zip(told, policy, base, strict=True):
-                found[index] = Ratio(ours - theirs, len(completions[index].token_ids))
+    def __call__(self, completions: Sequence[Completion]) -> list[Ratio | str]:
+        """One ratio per completion, in order; where there is none, the reason."""
+        rows = self._rows(completions)
+        told = [row for row in rows if isinstance(row, TokenRow)]
+        if not told:
+            return [row for row in rows if isinstance(row, str)]
+        policy, base = (self._read(model, told) for model in self._models)
+        return [row if isinstance(row, str) else Ratio(tuple(row.branches[0].ids.tolist()), policy[row.id], base[row.id]) for row in rows]
+
+    def rewards(self, completions: Sequence[Completion], beta: float) -> list[Floats | str]:
+        """The policy's own reward of every token, [T] in β·nats (`models/values.py`), in order; where there is none, the reason."""
+        from equipoise.models.values import reply_rewards
+
+        rows = self._rows(completions)
+        told = [row for row in rows if isinstance(row, TokenRow)]
+        found = self._read(self._models[0], told, partial(reply_rewards, beta=beta)) if told else {}
+        return [row if isinstance(row, str) else found[row.id] for row in rows]
+
+    def _rows(self, completions: Sequence[Completion]) -> list[TokenRow | str]:
+        """A row for each completion, its number as its id; or why there is none."""
+        from_ids = [number for number, item in enumerate(completions) if item.token_ids and self._text != "always"]
+        rest = sorted({*range(len(completions))} - {*from_ids})
+        found: dict[int, TokenRow | str] = dict(zip(from_ids, self._rows_of_ids(completions, from_ids), strict=True))
+        found |= self._rows_of_texts(completions, rest) if self._text != "never" else dict.fromkeys(rest, NO_TOKENS)
+        return [found[number] for number in range(len(completions))]
+
+    def _rows_of_ids(self, completions: Sequence[Completion], numbers: Sequence[int]) -> Iterator[TokenRow]:
+        unlimited = self._tokenise.model_copy(update={"max_length": _NO_LIMIT})
+        prompts = prompts_ids([completions[number].prompt for number in numbers], self.tokenizer, unlimited) if numbers else []
+        for number, prompt in zip(numbers, prompts, strict=True):
+            item = completions[number]
+            if len(prompt) + len(item.token_ids) > self._tokenise.max_length:
+                prompt = prompt_ids(item.prompt, self.tokenizer, self._tokenise, room=len(item.token_ids))
+            yield token_row(str(number), prompt, item.token_ids)
+
+    def _rows_of_texts(self, completions: Sequence[Completion], numbers: Sequence[int]) -> dict[int, TokenRow | str]:
+        """Rows as training makes them of a prompt and a reply, or the reason for which training would drop one."""
+        encoder = Encoder(self.tokenizer, self._tokenise.model_copy(update={"learn": "reply"}))
+        found: dict[int, TokenRow | str] = {}
+        for number in numbers:
+            accounting = Accounting()
+            item = completions[number]
+            rows = tokenise_units([Record(str(number), item.prompt, (Reply(item.text, "sample"),))], encoder, accounting)
+            found[number] = rows[0] if rows else f"{next(iter(accounting.dropped))} ({self._tokenise.max_length} tokens)"
         return found
 
-    def _rows(self, completions: Sequence[Completion]) -> list[TokenRow]:
-        """A row for each completion; its id is its number."""
-        unlimited = self._tokenise.model_copy(update={"max_length": _NO_LIMIT})
-        prompts = prompts_ids([item.prompt for item in completions], self._tokenizer, unlimited)
-        for number, item in enumerate(completions):
-            if len(prompts[number]) + len(item.token_ids) > self._tokenise.max_length:
-                prompts[number] = prompt_ids(item.prompt, self._tokenizer, self._tokenise, room=len(item.token_ids))
-        return [
-            token_row(str(number), prompt, item.token_ids) for number, (prompt, item) in enumerate(zip(prompts, completions, strict=True))
-        ]
-
-    def _sums(self, model: Any, rows: Sequence[TokenRow]) -> list[float]:
-        """Summed log-probs of each row's reply."""
+    def _read(self, model: Any, rows: Sequence[TokenRow], read: Callable[[Any, Any], Any] | None = None) -> dict[str, Floats]:
+        """What `read` (None: the log-probs) says of each reply's tokens, [T] by the row's id."""
         from equipoise.generation._rows import spare_padding
 
-        found: dict[str, float] = {}
-        if self._packs(model, rows):
-            # A prompt is run once for all its replies, and nothing is padded.
-            units = shared_prompts(rows, self._batch_tokens)
-            for batch in length_batches([unit.tokens for unit in units], self._batch_tokens, self._batch_tokens):
-                members = [units[index] for index in batch]
-                names = [row_id for unit in members for row_id in unit.id.split()]
-                found.update(zip(names, self._run(model, members, "packed").sum(dim=1).tolist(), strict=True))
-        else:
-            spare = spare_padding(next(model.parameters()).device)
-            for batch in length_batches([row.tokens for row in rows], self._batch_tokens, spare):
-                members = [rows[index] for index in batch]
-                found.update(zip([row.id for row in members], self._run(model, members, "padded").sum(dim=1).tolist(), strict=True))
-        return [found[row.id] for row in rows]
+        # Packed, a prompt is run once for all its replies, and nothing is padded. To try it costs three rows.
+        units = shared_prompts(rows, self._batch_tokens)
+        packs = (len(rows) > _FEW or len(units) < len(rows)) and self._packs(model, rows)
+        units = units if packs else list(rows)
+        spare = self._batch_tokens if packs else spare_padding(next(model.parameters()).device)
+        found: dict[str, Floats] = {}
+        for batch in length_batches([unit.tokens for unit in units], self._batch_tokens, spare):
+            members = [units[index] for index in batch]
+            values = self._run(model, members, "packed" if packs else "padded", read).cpu().numpy()
+            names = [(name, branch) for unit in members for name, branch in zip(unit.id.split(), unit.branches, strict=True)]
+            found |= {name: line[: len(branch.ids)] for (name, branch), line in zip(names, values, strict=True)}
+        return found
 
     def _packs(self, model: Any, rows: Sequence[TokenRow]) -> bool:
         """Whether packed rows give the log-probs of the model's own attention, tried on the longest row twice over."""
@@ -101,8 +154,8 @@ class LogRatios:
             return False
         return bool((packed - self._run(model, [longest], "padded")).abs().max() <= _TOLERANCE)
 
-    def _run(self, model: Any, rows: Sequence[TokenRow], form: Literal["packed", "padded"]) -> Any:
-        """float64 [N, T] log-probs of every reply token."""
+    def _run(self, model: Any, rows: Sequence[TokenRow], form: Literal["packed", "padded"], read: Any = None) -> Any:
+        """float64 [N, T] of every reply token."""
         import torch
 
         from equipoise.models.attention import NAME, attention_of, register
@@ -110,9 +163,9 @@ class LogRatios:
         from equipoise.models.logps import policy_logps, unwrapped
 
         register()
-        batch = pack(rows, form, pad_id=self._tokenizer.pad_token_id or 0).to(next(model.parameters()).device)
+        batch = pack(rows, form, pad_id=self.tokenizer.pad_token_id or 0).to(next(model.parameters()).device)
         with torch.inference_mode(), nullcontext() if form == "padded" else attention_of(unwrapped(model), NAME):
-            return policy_logps(model, batch).double()
+            return (read or policy_logps)(model, batch).double()
 
 
 def shared_prompts(rows: Sequence[TokenRow], budget: int) -> list[TokenRow]:
@@ -168,16 +221,11 @@ class RatioSettings(ScorerSettings):
         """Both models' files."""
         return {**model_inputs("policy", self.model_name_or_path), **model_inputs("base", self.base_model_name_or_path)}
 
-    def ratios(self) -> LogRatios:
+    def ratios(self, text: Text = "never") -> LogRatios:
         """Load both models."""
         from equipoise.models.load import load_causal, load_tokenizer
 
         policy, base = (
             load_causal(name, dtype=self.dtype, device=self.device) for name in (self.model_name_or_path, self.base_model_name_or_path)
         )
-        return LogRatios(policy, base, load_tokenizer(self.model_name_or_path), self.tokenise, self.batch_tokens)
-
-
-def no_tokens(completion: Completion, by: str) -> Verdict:
-    """The verdict on a completion that carries no token ids."""
-    return Verdict(completion.id, by, None, "no token ids")
+        return LogRatios(policy, base, load_tokenizer(self.model_name_or_path), self.tokenise, self.batch_tokens, text)

@@ -37,7 +37,9 @@ class ScoreSettings(Settings):
 
 
 def score(settings: ScoreSettings, overwrite: bool = False) -> Run:
-    """Score every completion with every scorer and write `verdicts.jsonl`: scorer after scorer, each in the completions' order.
+    """Score completions with every scorer and write `verdicts.jsonl`: scorer after scorer, each in the completions' order.
+
+    A scorer that finds more than a value (`token_credit`) has it written to a file of its own name.
 
     A call that was interrupted goes on after the last chunk written. Raises UsageError where two scorers sign with one name.
     """
@@ -69,7 +71,10 @@ def _score_all(folder: Path, scorers: Sequence[ScorerSettings], completions: Seq
         scorer = settings.build()
         if scorer.name in summary:
             raise UsageError(f"Two scorers sign as {scorer.name!r}. Give one of them another `name`.")
-        verdicts = _score_one(folder / _PARTIAL / f"{len(summary)}.jsonl", scorer, completions)
+        verdicts = _score_one(folder / _PARTIAL / f"{len(summary)}.jsonl", scorer, settings.asked(completions))
+        details = [{"id": row["id"], **row.pop("detail")} for row in verdicts if "detail" in row]
+        if details:
+            write_jsonl(folder / f"{scorer.name}.jsonl", details)
         values = [row["value"] for row in verdicts if row["value"] is not None]
         summary[scorer.name] = {
             "n": len(values),

@@ -13,7 +13,7 @@ from typing import Literal
 
 from equipoise.generation._base import Completion
 from equipoise.scorers._base import Scorer, Verdict
-from equipoise.scorers._ratios import LogRatios, RatioSettings, no_tokens
+from equipoise.scorers._ratios import LogRatios, RatioSettings
 
 
 class KlToBase(Scorer):
@@ -27,7 +27,9 @@ class KlToBase(Scorer):
     def __call__(self, completions: Sequence[Completion]) -> list[Verdict]:
         """One verdict per completion, in order."""
         return [
-            no_tokens(completion, self.name) if ratio is None else Verdict(completion.id, self.name, ratio.nats / ratio.tokens)
+            Verdict(completion.id, self.name, None, ratio)
+            if isinstance(ratio, str)
+            else Verdict(completion.id, self.name, ratio.nats / ratio.tokens)
             for completion, ratio in zip(completions, self._ratios(completions), strict=True)
         ]
 

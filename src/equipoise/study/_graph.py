@@ -177,8 +177,21 @@ def _ask(study: StudySettings, name: str, model: Node | None, seed: int, policy:
     return Node(fingerprint(recipe), "generate", _plain(name), seed, model, policy=policy, search=bool(search))
 
 
+def shows_credit(study: StudySettings, generate: Node) -> bool:
+    """Whether the report shows replies of this stage token by token: a trained arm's, of the first seed."""
+    asked = bool(study.evaluation.token_credit) and not generate.search
+    return asked and generate.start is not None and generate.seed == study.seeds[0]
+
+
 def _score(study: StudySettings, generate: Node, scorer: str) -> Node:
-    recipe = {"replies": generate.key, "scorer": scorer, "scoring": study.evaluation.scoring, "kl": study.evaluation.kl_to_base}
+    recipe: dict[str, Any] = {
+        "replies": generate.key,
+        "scorer": scorer,
+        "scoring": study.evaluation.scoring,
+        "kl": study.evaluation.kl_to_base,
+    }
+    if shows_credit(study, generate):
+        recipe["credit"] = study.evaluation.token_credit
     return Node(fingerprint(recipe), "score", generate.name, generate.seed, generate, policy=generate.policy, search=generate.search)
 
 
@@ -187,7 +200,7 @@ def _judge_nodes(study: StudySettings, judge: JudgeSettings) -> tuple[Node, ...]
 
     def add(kind: Kind, blocks: tuple[str, ...]) -> None:
         start = nodes[0] if nodes else None
-        behind = start.key if start else judge.model_name_or_path
+        behind = start.key if start else judge.model_name_or_path if judge.scorer == "reward_model" else fingerprint(judge.resolved())
         recipe = {"kind": kind, "judge": behind, "data": [study.data[block].resolved() for block in blocks], "training": judge.training}
         streams = (StreamReference(data=blocks, objective={"name": "bradley_terry"}),)
         nodes.append(Node(fingerprint(recipe), kind, _plain(judge.name), 0, start, streams, judge.training, judge=True))

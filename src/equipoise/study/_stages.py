@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from equipoise.core.errors import UsageError
-from equipoise.core.files import write_json, write_jsonl
+from equipoise.core.files import read_jsonl, write_jsonl
 from equipoise.core.prints import PromptPrints
 from equipoise.core.records import Record
-from equipoise.core.runs import Run, run_stage
-from equipoise.data.load import load, source_fingerprint
+from equipoise.core.runs import Run
+from equipoise.data.load import load
 from equipoise.data.mixture import prompt_texts
 from equipoise.data.settings import DataSettings
 from equipoise.generation._base import Prompt, Sampling
-from equipoise.study._graph import Node, build_graph
+from equipoise.study._graph import Node, build_graph, shows_credit
 from equipoise.study._prompts import study_prompts
 from equipoise.study.settings import StudySettings
 
@@ -94,21 +94,13 @@ class Stages:
 
     def _held_out(self, node: Node) -> Run:
         """Pair accuracy of the judge on pairs it never saw, beside guessing by length: `held_out.json`."""
-        from equipoise.scorers.reward_model import RewardModelSettings, pair_accuracy
+        from equipoise.evaluation.held_out import held_out
+        from equipoise.scorers._base import chosen_scorer
 
-        judge = self.settings.judge
-        scorer = RewardModelSettings.make(self._reward_model(), source="evaluation.scoring.reward_model")
-        names = {"pairs": judge.held_out, "training pairs": judge.data}
-        inputs = {f"{use} {name} {part}": mark for use in names for name in names[use] for part, mark in self._prints(name).items()}
-
-        def work(folder: Path) -> Mapping[str, Any]:
-            held_out, trained = ([record for name in names[use] for record in self._records(name)] for use in names)
-            found = pair_accuracy(scorer.build(), held_out, trained)
-            write_json(folder / "held_out.json", {**_rates(found), "counts": found})
-            return found
-
-        settings = {"judge": scorer.resolved(), **{use: [self.settings.data[name].resolved() for name in names[use]] for use in names}}
-        return run_stage(node.folder(self.folder), "held_out", settings, {**inputs, **scorer.inputs()}, work, self.overwrite)
+        tried, trained = (
+            {name: self.settings.data[name] for name in names} for names in (self.settings.judge.held_out, self.settings.judge.data)
+        )
+        return held_out(chosen_scorer(self._judge()), tried, node.folder(self.folder), trained, self.overwrite)
 
     def _generate(self, node: Node) -> Run:
         from equipoise.generation._stage import GenerateSettings, generate
@@ -137,11 +129,16 @@ class Stages:
         assert node.start is not None
         rules = ("invalid", "refusal", "length")
         scorers: list[dict[str, Any]] = [{"scorer": "rules", "rule": rule, **asked.scoring.get(rule, {})} for rule in rules]
-        scorers.append(self._reward_model())
+        scorers.append(self._judge())
+        pair = {
+            "model_name_or_path": self._model(node.start),
+            "base_model_name_or_path": self.settings.model_name_or_path,
+            "tokenise": asked.generation.get("tokenise", self._tokenise),
+        }
         if asked.kl_to_base and not node.search and node.policy is None and node.start.start is not None:
-            pair = {"model_name_or_path": self._model(node.start), "base_model_name_or_path": self.settings.model_name_or_path}
-            tokenise = asked.generation.get("tokenise", self._tokenise)
-            scorers.append({"scorer": "kl_to_base", **pair, "tokenise": tokenise, **asked.scoring.get("kl_to_base", {})})
+            scorers.append({"scorer": "kl_to_base", **pair, **asked.scoring.get("kl_to_base", {})})
+        if shows_credit(self.settings, node.start):
+            scorers.append({"scorer": "token_credit", **pair, "ids": self._credited(), **asked.scoring.get("token_credit", {})})
         values = {
             "completions": str(node.start.folder(self.folder) / "completions.jsonl"),
             "scorers": scorers,
@@ -164,13 +161,23 @@ class Stages:
         """The model behind a stage: the one trained by the stage before it, or the base."""
         return str(node.start.folder(self.folder) / "model") if node.start else self.settings.model_name_or_path
 
-    def _reward_model(self) -> dict[str, Any]:
-        """The judge as a scorer: texts are laid out as in its training."""
+    def _judge(self) -> dict[str, Any]:
+        """The judge as a scorer, signing `reward`: texts are laid out as in its training."""
         judge = self.settings.judge
         trained = next((node for node in build_graph(self.settings).judge if node.kind == "train"), None)
         model = str(trained.folder(self.folder) / "model") if trained else judge.model_name_or_path
-        further = self.settings.evaluation.scoring.get("reward_model", {})
-        return {"scorer": "reward_model", "model_name_or_path": model, "tokenise": judge.training.get("tokenise", {}), **further}
+        values = {"scorer": judge.scorer, "model_name_or_path": model, "tokenise": judge.training.get("tokenise", {})}
+        if judge.scorer == "implicit":
+            # The arms' token ids may be another tokenizer's.
+            values |= {"base_model_name_or_path": judge.base_model_name_or_path, "name": "reward", "text": "always"}
+        return {**values, **self.settings.evaluation.scoring.get(judge.scorer, {})}
+
+    def _credited(self) -> list[str]:
+        """Ids of the prompts whose replies are shown token by token: the first ones of each axis."""
+        axes: dict[str, list[str]] = {}
+        for row in read_jsonl(self.folder / PROMPTS):
+            axes.setdefault(row["axis"], []).append(row["id"])
+        return [name for names in axes.values() for name in names[: self.settings.evaluation.token_credit]]
 
     @cached_property
     def _tokenise(self) -> dict[str, Any]:
@@ -197,16 +204,3 @@ class Stages:
 
     def _records(self, block: str) -> list[Record]:
         return load(self.settings.data[block]).records
-
-    def _prints(self, block: str) -> dict[str, str]:
-        return source_fingerprint(self.settings.data[block])
-
-
-def _rates(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Counts of `pair_accuracy` as rates with Wilson's interval; ties count as wrong, pairs without a verdict as missing."""
-    from equipoise.evaluation.intervals import rate
-
-    known = found["pairs"] - found["missing"]
-    accuracy = [1.0] * found["correct"] + [0.0] * (known - found["correct"]) + [float("nan")] * found["missing"]
-    by_length = [1.0] * found["length_correct"] + [0.0] * (found["pairs"] - found["length_correct"])
-    return {"pair_accuracy": rate(accuracy).as_json(), "length_baseline": rate(by_length).as_json()}

@@ -10,7 +10,7 @@ from equipoise.core.errors import UsageError
 from equipoise.core.progress import say
 from equipoise.generation._base import Prompt
 from equipoise.study import _cost
-from equipoise.study._graph import Graph, Node, build_graph
+from equipoise.study._graph import Graph, Node, build_graph, shows_credit
 from equipoise.study._sizes import AxisSizes, Sizer, Sizes, detectable_differences
 from equipoise.study.settings import StudySettings
 from equipoise.training.machine import Machine, measure
@@ -132,7 +132,7 @@ def _plan_stage(
 ) -> StagePlan:
     if node.kind == "train":
         return _plan_training(node, arms, settings, sizer, machine)
-    judge = _cost.parameters_of(settings.judge.model_name_or_path, settings.expected_parameters, head=False)
+    judge = _judge_parameters(settings)
     if node.kind == "held_out":
         size = sizer.block(settings.judge.held_out, node, node.streams[0].objective)
         if size is None or judge is None:
@@ -169,7 +169,20 @@ def _plan_stage(
         both = 2 * _cost.forward_flops(model, asked + new)
         dtype = str(settings.evaluation.scoring.get("kl_to_base", {}).get("dtype", "float32"))
         flops, seconds = flops + both, seconds + both / (machine.peak(dtype) * _cost.FORWARD_SHARE)
+    if node.start is not None and shows_credit(settings, node.start):
+        shown = sum(min(size.prompts, settings.evaluation.token_credit) for size in axes.values()) / prompts
+        both = 2 * _cost.forward_flops(model, shown * (asked + new))
+        flops, seconds = flops + both, seconds + _cost.LOAD_SECONDS + both / (machine.float32 * _cost.FORWARD_SHARE)
     return StagePlan(node, arms, prompts, asked + new, flops, seconds)
+
+
+def _judge_parameters(settings: StudySettings) -> int | None:
+    """Weights the judge runs a token through: a reward model's without an output layer, an implicit reward's two models."""
+    judge, expected = settings.judge, settings.expected_parameters
+    if judge.base_model_name_or_path is None:
+        return _cost.parameters_of(judge.model_name_or_path, expected, head=False)
+    policy, base = (_cost.parameters_of(name, expected) for name in (judge.model_name_or_path, judge.base_model_name_or_path))
+    return None if policy is None or base is None else policy + base
 
 
 def _plan_training(node: Node, arms: tuple[str, ...], settings: StudySettings, sizer: Sizer, machine: Machine) -> StagePlan:

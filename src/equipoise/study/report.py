@@ -22,6 +22,7 @@ from markupsafe import Markup
 from equipoise.core.files import write_text
 from equipoise.study import figures, tables
 from equipoise.study._report import markdown, numbers, svg, theme, words
+from equipoise.study._report.credit import credit_view
 from equipoise.study._report.read import Arm, StudyFiles, listing, mapping, read_study
 from equipoise.study._report.searches import search_table
 
@@ -110,6 +111,7 @@ def _content(files: StudyFiles) -> dict[str, Any]:
         "evaluated": bool(files.evaluation),
         "withheld": files.withheld,
         "replies": len(files.replies),
+        "credit": credit_view(files),
     }
 
 

@@ -250,7 +250,7 @@ def _scores(settings: StudySettings, folder: Path, graph: Graph, done: list[Arm]
         ],
         "judge": {
             "name": settings.judge.name,
-            "weights": settings.judge.model_name_or_path,
+            "weights": settings.judge.weights,
             "trained_on": _relative(judge.folder(folder) / "trained_on.npz", folder) if judge else _near(given, folder),
             "held_out": _relative(held_out.folder(folder) / "held_out.json", folder) if held_out else None,
         },

@@ -81,14 +81,34 @@ class StageSettings(Settings):
 
 
 class JudgeSettings(Settings):
-    """The reward model that scores replies: trained here on a data block, or an existing one."""
+    """What scores replies: a reward model, trained here on a data block or an existing one, or a policy's implicit reward."""
 
     name: str = Field(default="judge", description="shown in tables")
-    model_name_or_path: str = Field(description="backbone to train where `data` is given; otherwise a finished reward model")
+    scorer: Literal["reward_model", "implicit"] = Field(
+        default="reward_model", description="implicit: β log π/π_ref of two causal models; it compares replies to one prompt only"
+    )
+    model_name_or_path: str = Field(
+        description="backbone to train where `data` is given; otherwise a finished reward model, or the policy of an implicit reward"
+    )
+    base_model_name_or_path: str | None = Field(default=None, description="the reference of an implicit reward")
     data: Blocks = Field(default=(), description="data blocks the judge is trained on; none: the model is used as it is")
     held_out: Blocks = Field(default=(), description="data blocks with pairs the judge never saw; its accuracy on them is reported")
     training: dict[str, Any] = Field(default={}, description="training settings of the judge")
-    trained_on: str | None = Field(default=None, description="trained_on.npz of a finished reward model, where known")
+    trained_on: str | None = Field(default=None, description="trained_on.npz of a finished judge, where known")
+
+    @model_validator(mode="after")
+    def _two_models(self) -> Self:
+        if self.scorer == "implicit" and (self.base_model_name_or_path is None or self.data):
+            raise UsageError("judge: an implicit reward reads finished models; give `base_model_name_or_path`, and no `data` to train on.")
+        if self.scorer != "implicit" and self.base_model_name_or_path is not None:
+            raise UsageError("judge.base_model_name_or_path belongs to `scorer: implicit`.")
+        return self
+
+    @property
+    def weights(self) -> str:
+        """What the judge's weights are, in words."""
+        against = f", implicit reward against {self.base_model_name_or_path}" if self.scorer == "implicit" else ""
+        return self.model_name_or_path + against
 
 
 class PromptSource(Settings):
@@ -126,6 +146,11 @@ class EvaluationSettings(Settings):
         default=("always_refuse", "echo", "empty", "random_reply"), description="policies that do nothing useful, to test the metrics"
     )
     kl_to_base: bool = Field(default=True, description="score every reply's divergence from the base model, nats a token")
+    token_credit: int = Field(
+        default=2,
+        ge=0,
+        description="prompts of each axis, the first ones, whose replies are shown token by token against the base; 0: none",
+    )
 
 
 class SearchSettings(Settings):

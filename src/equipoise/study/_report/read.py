@@ -32,6 +32,8 @@ class Stage:
     cost: Mapping[str, Any]
     environment: Any
     start_check: Any
+    credit: list[dict[str, Any]] | None = None
+    settings: Any = None
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ def read_study(folder: str | Path) -> StudyFiles:
 def _read_stage(reader: _Reader, path: Path) -> Stage:
     """One stage folder; files a kind of stage does not write are absent without a note."""
     base = f"stages/{path.name}"
+    credit = reader.lines(f"{base}/token_credit.jsonl")
     return Stage(
         folder=path.name,
         kind=path.name.split("-", 1)[0],
@@ -157,6 +160,8 @@ def _read_stage(reader: _Reader, path: Path) -> Stage:
         cost=mapping(reader.json(f"{base}/cost.json")),
         environment=reader.json(f"{base}/environment.json"),
         start_check=reader.json(f"{base}/start_check.json"),
+        credit=credit,
+        settings=reader.json(f"{base}/settings.json") if credit else None,
     )
 
 

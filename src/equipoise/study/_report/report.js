@@ -38,6 +38,58 @@
   }, { passive: true });
   follow();
 
+  // Token credit: the numbers of the piece pointed at or in focus. Each reply is one stop of the Tab key; arrows go on inside.
+  var tip = find("credit-tip");
+  if (tip) {
+    var NAMES = {
+      credit: "credit", trained: "log π, trained", reference: "log π, reference", ratio: "as likely as before", reward: "reward r, from the logits", tokens: "tokens"
+    };
+    var pieceOf = function (event) { return event.target.closest ? event.target.closest(".pieces .c") : null; };
+    var hide = function () { tip.hidden = true; };
+    var tell = function (piece) {
+      tip.firstChild.textContent = piece.textContent;
+      tip.lastChild.replaceChildren.apply(tip.lastChild, [].concat.apply([], piece.dataset.told.split("\n").map(function (line) {
+        var parts = line.split("\t");
+        return [make("dt", "", NAMES[parts[0]]), make("dd", "", parts[1])];
+      })));
+      tip.hidden = false;
+      var box = piece.getClientRects()[0] || piece.getBoundingClientRect(), own = tip.getBoundingClientRect();
+      var below = box.bottom + 8 + own.height < window.innerHeight;
+      tip.style.left = Math.max(8, Math.min(box.left, root.clientWidth - own.width - 8)) + "px";
+      tip.style.top = Math.max(8, below ? box.bottom + 8 : box.top - own.height - 8) + "px";
+    };
+    document.querySelectorAll(".pieces").forEach(function (reply) {
+      reply.querySelectorAll(".c").forEach(function (piece, index) {
+        piece.tabIndex = index ? -1 : 0;
+        piece.setAttribute("aria-describedby", "credit-tip");
+      });
+      reply.addEventListener("mouseover", function (event) { if (pieceOf(event)) tell(pieceOf(event)); });
+      reply.addEventListener("mouseleave", hide);
+      reply.addEventListener("focusin", function (event) {
+        reply.querySelectorAll(".c[tabindex='0']").forEach(function (piece) { piece.tabIndex = -1; });
+        event.target.tabIndex = 0;
+        tell(event.target);
+      });
+      reply.addEventListener("focusout", hide);
+      reply.addEventListener("keydown", function (event) {
+        var piece = pieceOf(event), to = null;
+        if (!piece) return;
+        if (event.key === "ArrowRight" || event.key === "ArrowDown") to = piece.nextElementSibling;
+        else if (event.key === "ArrowLeft" || event.key === "ArrowUp") to = piece.previousElementSibling;
+        else if (event.key === "Home") to = reply.firstElementChild;
+        else if (event.key === "End") to = reply.lastElementChild;
+        else { if (event.key === "Escape") hide(); return; }
+        event.preventDefault();
+        if (to) to.focus();
+      });
+    });
+    // Going on to a piece out of sight scrolls the page; its numbers go along.
+    window.addEventListener("scroll", function () {
+      var piece = tip.hidden ? null : document.querySelector(".pieces .c:focus") || document.querySelector(".pieces .c:hover");
+      if (piece) tell(piece); else hide();
+    }, { passive: true, capture: true });
+  }
+
   var source = find("reply-data");
   if (!source) return;
 
