@@ -51,6 +51,16 @@ def test_the_smallest_of_equals_is_chosen() -> None:
     assert Found("dpo", "reward", 3, []).chosen is None
 
 
+def test_a_candidate_too_far_from_the_base_is_not_chosen() -> None:
+    arm: Any = None
+    tried = [Tried(1e-3, arm, 0.9, 1.8), Tried(1e-4, arm, 0.5, 0.1), Tried(1e-5, arm, 0.4, 0.0)]
+    assert Found("dpo", "reward", 3, tried).chosen == 1e-3
+    assert Found("dpo", "reward", 3, tried, max_kl=0.5).chosen == 1e-4
+    # All too far: the nearest. One that was not scored is never near.
+    assert Found("dpo", "reward", 3, tried[:1], max_kl=0.5).chosen == 1e-3
+    assert Found("dpo", "reward", 3, [Tried(1e-2, arm, 0.9), *tried[:1]], max_kl=0.5).chosen == 1e-3
+
+
 @pytest.fixture
 def searching(values: dict[str, Any], files: dict[str, str], tmp_path: Path) -> dict[str, Any]:
     dev = tmp_path / "dev.jsonl"
@@ -80,6 +90,16 @@ def test_a_study_evaluates_what_its_search_chose(searching: dict[str, Any], tmp_
     assert {row["id"] for row in read_jsonl(folder / "search_prompts.jsonl")} == {"d0", "d1", "d2"}
     report = (folder / "report" / "report.md").read_text(encoding="utf-8")
     assert f"{found['chosen']:g}" in report
+
+
+def test_a_search_held_near_the_base_says_how_far_each_candidate_went(searching: dict[str, Any], tmp_path: Path) -> None:
+    searching["search"]["max_kl_to_base"] = 1e-9
+    searching["evaluation"]["kl_to_base"] = False
+    folder = run_study(StudySettings.make(searching), tmp_path / "study")
+    (found,) = read_json(folder / "search.json")["searches"]
+    nearest = min(found["candidates"], key=lambda one: one["kl_to_base"])
+    assert found["chosen"] == nearest["learning_rate"]
+    assert "nats a token of the base" in (folder / "report" / "report.md").read_text(encoding="utf-8")
 
 
 def test_every_candidate_is_planned(searching: dict[str, Any]) -> None:

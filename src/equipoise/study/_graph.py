@@ -177,6 +177,13 @@ def _ask(study: StudySettings, name: str, model: Node | None, seed: int, policy:
     return Node(fingerprint(recipe), "generate", _plain(name), seed, model, policy=policy, search=bool(search))
 
 
+def asks_kl(study: StudySettings, stage: Node) -> bool:
+    """Whether replies of this stage are scored by their divergence from the base: where the evaluation, or the search, asks for it."""
+    if stage.search:
+        return study.search is not None and study.search.max_kl_to_base is not None
+    return study.evaluation.kl_to_base
+
+
 def shows_credit(study: StudySettings, generate: Node) -> bool:
     """Whether the report shows replies of this stage token by token: a trained arm's, of the first seed."""
     asked = bool(study.evaluation.token_credit) and not generate.search
@@ -188,7 +195,7 @@ def _score(study: StudySettings, generate: Node, scorer: str) -> Node:
         "replies": generate.key,
         "scorer": scorer,
         "scoring": study.evaluation.scoring,
-        "kl": study.evaluation.kl_to_base,
+        "kl": asks_kl(study, generate),
     }
     if shows_credit(study, generate):
         recipe["credit"] = study.evaluation.token_credit

@@ -17,30 +17,43 @@ SEARCH = "search.json"
 
 @dataclass(frozen=True)
 class Tried:
-    """One candidate: its learning rate, the arm it makes, and its score (a mean over dev prompts, higher is better)."""
+    """One candidate: its learning rate, the arm it makes, its score (a mean over dev prompts, higher is better), its KL to the base."""
 
     learning_rate: float
     arm: Arm
     score: float
+    kl: float | None = None
 
 
 @dataclass(frozen=True)
 class Found:
-    """One arm's search. by: what the score is; prompts: how many were asked; tried: candidates that did not fail."""
+    """One arm's search. by: what the score is; prompts: how many were asked; tried: candidates that did not fail.
+
+    max_kl: nats a token beyond which a candidate is not chosen, unless all are: then the nearest to the base is.
+    """
 
     arm: str
     by: str
     prompts: int
     tried: Sequence[Tried]
+    max_kl: float | None = None
 
     @property
     def chosen(self) -> float | None:
         """The learning rate with the highest score, the smallest of equals; None where every candidate failed."""
-        return min(self.tried, key=lambda one: (-one.score, one.learning_rate)).learning_rate if self.tried else None
+        if not self.tried:
+            return None
+        near = [one for one in self.tried if self.max_kl is None or (one.kl is not None and one.kl <= self.max_kl)]
+        if not near:
+            return min(self.tried, key=lambda one: (float("inf") if one.kl is None else one.kl, one.learning_rate)).learning_rate
+        return min(near, key=lambda one: (-one.score, one.learning_rate)).learning_rate
 
     def in_words(self) -> str:
         """One line for the log."""
-        shown = ", ".join(f"{one.learning_rate:g}: {one.score:.3f}" for one in self.tried) or "every candidate failed"
+        shown = ", ".join(
+            f"{one.learning_rate:g}: {one.score:.3f}" + ("" if one.kl is None else f" at KL {one.kl:.2f}") for one in self.tried
+        )
+        shown = shown or "every candidate failed"
         return f"search of {self.arm} by {self.by} on {self.prompts} dev prompts: {shown}" + (
             f"; chosen {self.chosen:g}" if self.chosen is not None else ""
         )
@@ -52,10 +65,12 @@ class Found:
             "by": self.by,
             "prompts": self.prompts,
             "chosen": self.chosen,
+            "max_kl_to_base": self.max_kl,
             "candidates": [
                 {
                     "learning_rate": one.learning_rate,
                     "score": one.score,
+                    "kl_to_base": one.kl,
                     "model": (one.arm.training[-1].folder(folder) / "model").relative_to(folder).as_posix(),
                 }
                 for one in self.tried
@@ -86,6 +101,15 @@ def chosen_by(what: str, folders: Sequence[Path], axes: Mapping[str, str]) -> li
     seen = ~np.isnan(rewards).all(0)
     floor[seen] = np.nanmin(rewards[:, seen], 0)
     return [float(row.mean()) for row in np.where(invalid | np.isnan(rewards), floor, rewards)]
+
+
+def divergences(folders: Sequence[Path]) -> list[float | None]:
+    """Mean nats a token from the base of each candidate's replies; None where they were not scored by it."""
+    found: list[float | None] = []
+    for folder in folders:
+        values = [row["value"] for row in read_jsonl(folder / "verdicts.jsonl") if row["by"] == "kl_to_base" and row["value"] is not None]
+        found.append(float(np.mean(values)) if values else None)
+    return found
 
 
 def _right_refusals(found: Mapping[tuple[str, str], float | None], axes: Mapping[str, str]) -> float:

@@ -16,7 +16,7 @@ from equipoise.data.load import load
 from equipoise.data.mixture import prompt_texts
 from equipoise.data.settings import DataSettings
 from equipoise.generation._base import Prompt, Sampling
-from equipoise.study._graph import Node, build_graph, shows_credit
+from equipoise.study._graph import Node, asks_kl, build_graph, shows_credit
 from equipoise.study._prompts import study_prompts
 from equipoise.study.settings import StudySettings
 
@@ -135,7 +135,7 @@ class Stages:
             "base_model_name_or_path": self.settings.model_name_or_path,
             "tokenise": asked.generation.get("tokenise", self._tokenise),
         }
-        if asked.kl_to_base and not node.search and node.policy is None and node.start.start is not None:
+        if asks_kl(self.settings, node) and node.policy is None and node.start.start is not None:
             scorers.append({"scorer": "kl_to_base", **pair, **asked.scoring.get("kl_to_base", {})})
         if shows_credit(self.settings, node.start):
             scorers.append({"scorer": "token_credit", **pair, "ids": self._credited(), **asked.scoring.get("token_credit", {})})

@@ -10,7 +10,7 @@ from equipoise.core.errors import UsageError
 from equipoise.core.progress import say
 from equipoise.generation._base import Prompt
 from equipoise.study import _cost
-from equipoise.study._graph import Graph, Node, build_graph, shows_credit
+from equipoise.study._graph import Graph, Node, asks_kl, build_graph, shows_credit
 from equipoise.study._sizes import AxisSizes, Sizer, Sizes, detectable_differences
 from equipoise.study.settings import StudySettings
 from equipoise.training.machine import Machine, measure
@@ -159,13 +159,7 @@ def _plan_stage(
     # An empty reply costs nothing; nobody knows beforehand how long the other policies' replies are, so they count in full.
     flops = _cost.forward_flops(judge, asked + (0.0 if node.policy == "empty" else new))
     seconds = _cost.LOAD_SECONDS + flops / (machine.float32 * _cost.FORWARD_SHARE)
-    if (
-        settings.evaluation.kl_to_base
-        and not node.search
-        and node.policy is None
-        and node.start is not None
-        and node.start.start is not None
-    ):
+    if asks_kl(settings, node) and node.policy is None and node.start is not None and node.start.start is not None:
         both = 2 * _cost.forward_flops(model, asked + new)
         dtype = str(settings.evaluation.scoring.get("kl_to_base", {}).get("dtype", "float32"))
         flops, seconds = flops + both, seconds + both / (machine.peak(dtype) * _cost.FORWARD_SHARE)

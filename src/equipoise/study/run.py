@@ -22,7 +22,7 @@ from equipoise.study._cost import readable
 from equipoise.study._graph import Arm, Graph, Node
 from equipoise.study._lock import write_lock
 from equipoise.study._prompts import search_prompts
-from equipoise.study._search import SEARCH, Found, Tried, chosen_by
+from equipoise.study._search import SEARCH, Found, Tried, chosen_by, divergences
 from equipoise.study._stages import PROMPTS, SEARCH_PROMPTS, Stages
 from equipoise.study.plan import StudyPlan, check_budget, plan_study
 from equipoise.study.settings import StudySettings
@@ -117,9 +117,10 @@ def _run_searches(stages: Stages, progress: _Progress, settings: StudySettings, 
         for _, arm in search.candidates:
             _run_arm(stages, progress, arm)
         done = [(rate, arm) for rate, arm in search.candidates if arm.score.key in progress.runs]
-        scores = chosen_by(settings.search.choose, [arm.score.folder(folder) for _, arm in done], axes)
-        tried = [Tried(rate, arm, score) for (rate, arm), score in zip(done, scores, strict=True)]
-        found.append(Found(search.arm, settings.search.choose, len(axes), tried))
+        folders = [arm.score.folder(folder) for _, arm in done]
+        scores, far = chosen_by(settings.search.choose, folders, axes), divergences(folders)
+        tried = [Tried(rate, arm, score, kl) for (rate, arm), score, kl in zip(done, scores, far, strict=True)]
+        found.append(Found(search.arm, settings.search.choose, len(axes), tried, settings.search.max_kl_to_base))
         say(found[-1].in_words())
         write_json(folder / SEARCH, {"schema_version": 1, "searches": [item.as_json(folder) for item in found]})
     return found

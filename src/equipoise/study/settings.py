@@ -163,6 +163,11 @@ class SearchSettings(Settings):
         description="what the best has most of. reward: the judge's mean reward, an invalid reply counting as the worst any candidate "
         "gave; right_refusals: the share of harmful prompts refused and of others answered, validly, axes weighing the same",
     )
+    max_kl_to_base: float | None = Field(
+        default=None,
+        gt=0,
+        description="nats a token a candidate's replies may be from the base to be chosen; None: any. A judge is easily fooled",
+    )
     arms: tuple[str, ...] = Field(default=(), description="arms that search; empty: all that train")
 
 

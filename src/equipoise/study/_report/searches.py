@@ -20,19 +20,26 @@ def search_table(files: StudyFiles) -> Table | None:
     arms = {arm.name: arm for arm in files.arms}
     rows = []
     for item in searches:
-        scores = {float(one["learning_rate"]): one.get("score") for one in map(mapping, listing(item.get("candidates")))}
+        tried = {float(one["learning_rate"]): one for one in map(mapping, listing(item.get("candidates")))}
         cells = []
         for rate in rates:
-            score = scores.get(rate)
+            score, far = (mapping(tried.get(rate)).get(name) for name in ("score", "kl_to_base"))
             if not isinstance(score, (int, float)):
                 cells.append(Cell("failed"))
             else:
-                cells.append(Cell(f"{score:.3f}", value=float(score), badge="chosen" if rate == item.get("chosen") else ""))
+                detail = (f"KL {far:.2f}",) if isinstance(far, (int, float)) else ()
+                cells.append(Cell(f"{score:.3f}", detail, float(score), "chosen" if rate == item.get("chosen") else ""))
         rows.append(Row(str(item.get("arm")), cells, arm=arms.get(str(item.get("arm")))))
     by, prompts = str(searches[0].get("by")), searches[0].get("prompts")
     notes = [
         f"Score: {_SCORES.get(by, by)}, on {prompts} dev prompts that the evaluation does not ask. Higher is better; of equals the "
         "smallest learning rate was chosen. The best of several is a little lucky: a chosen score overstates what it will reach elsewhere."
     ]
+    cap = searches[0].get("max_kl_to_base")
+    if isinstance(cap, (int, float)):
+        notes.append(
+            f"Only candidates within {cap:g} nats a token of the base were chosen from (KL: mean log π/π_base of their replies): far from "
+            "it, a judge rewards what no reader would."
+        )
     columns = [Column(f"{rate:g}") for rate in rates]
     return Table("search", "Search for the learning rate", "Arm", columns, [("", rows)], notes)
