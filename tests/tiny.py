@@ -159,3 +159,19 @@ def preference_dicts(count: int = 12, seed: int = 0) -> list[dict[str, str]]:
         return " ".join(f"w{word}" for word in generator.integers(0, 80, int(generator.integers(least, most))))
 
     return [{"prompt": words(3, 20), "chosen": words(2, 12), "rejected": words(2, 12)} for _ in range(count)]
+
+
+def recipe(base: Any, out: Any, **values: Any) -> Any:
+    """Training settings for a tiny model in a folder: a few large steps, the reference store beside the output folder."""
+    from equipoise.training.settings import TrainSettings
+
+    defaults = {
+        "model_name_or_path": str(base),
+        "output_dir": str(out),
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 2,
+        "token_budget": 100,
+        "reference_store": str(out.parent / "store"),
+    }
+    return TrainSettings.make(defaults | values)

@@ -31,8 +31,9 @@ def test_worked_by_hand() -> None:
     losses = EXOList(beta=0.5, temperature=2.0)(lists([[2 * log2, 0, 0], [2 * log2, 0]], [[0, 2 * log2, 0], [2 * log2, 0]]))
     assert losses.sum.tolist() == pytest.approx([0.25 * log2, 0.0], abs=1e-12)
     assert losses.meters["rewards/chosen"].tolist() == pytest.approx([0.0, log2])
-    assert losses.meters["rewards/rejected"].tolist() == pytest.approx([log2, 0.0])
-    assert losses.meters["rewards/accuracies"].tolist() == [0.0, 1.0]
+    # Two replies share the first list's lowest score: their mean. Of its two ordered pairs one is wrong and one a tie.
+    assert losses.meters["rewards/rejected"].tolist() == pytest.approx([log2 / 2, 0.0])
+    assert losses.meters["rewards/accuracies"].tolist() == [0.25, 1.0]
 
 
 def test_a_missing_score_raises() -> None:

@@ -22,28 +22,7 @@ from equipoise.objectives._base import Needs, Scored
 from equipoise.training.checkpoints import newest_complete
 from equipoise.training.fit import fit
 from equipoise.training.settings import TrainSettings
-from tests.tiny import preference_dicts, tiny, tokenizer
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    folder = tmp_path / "base"
-    tiny(seed=5).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
-
-
-def settings(base: Path, out: Path, **values: Any) -> TrainSettings:
-    defaults = {
-        "model_name_or_path": str(base),
-        "output_dir": str(out),
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 4,
-        "num_train_epochs": 2,
-        "token_budget": 100,
-        "reference_store": str(out.parent / "store"),
-    }
-    return TrainSettings.make(defaults | values)
+from tests.tiny import preference_dicts, recipe, tiny, tokenizer
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -51,7 +30,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_dpo_starts_at_ln_2_and_learns(base: Path, tmp_path: Path) -> None:
-    run = fit(settings(base, tmp_path / "out"), train_dataset=preference_dicts(), eval_dataset=preference_dicts(4, seed=9))
+    run = fit(recipe(base, tmp_path / "out"), train_dataset=preference_dicts(), eval_dataset=preference_dicts(4, seed=9))
     log = [line for line in read_jsonl(run.folder / "log.jsonl") if "loss" in line]
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert log[-1]["loss"] < 0.5
@@ -68,18 +47,18 @@ def test_dpo_starts_at_ln_2_and_learns(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_finished_run_is_not_run_again(base: Path, tmp_path: Path) -> None:
-    wanted = settings(base, tmp_path / "out", max_steps=1)
+    wanted = recipe(base, tmp_path / "out", max_steps=1)
     first = fit(wanted, train_dataset=preference_dicts())
     again = fit(wanted, train_dataset=preference_dicts())
     assert again.skipped
     assert again.results == first.results
     with pytest.raises(StageError, match="learning_rate"):
-        fit(settings(base, tmp_path / "out", max_steps=1, learning_rate=1e-3), train_dataset=preference_dicts())
+        fit(recipe(base, tmp_path / "out", max_steps=1, learning_rate=1e-3), train_dataset=preference_dicts())
 
 
 def test_lora_takes_its_reference_with_the_adapter_off(base: Path, tmp_path: Path) -> None:
-    run = fit(settings(base, tmp_path / "lora", use_peft=True, lora_r=4), train_dataset=preference_dicts())
-    full = fit(settings(base, tmp_path / "full", max_steps=1), train_dataset=preference_dicts())
+    run = fit(recipe(base, tmp_path / "lora", use_peft=True, lora_r=4), train_dataset=preference_dicts())
+    full = fit(recipe(base, tmp_path / "full", max_steps=1), train_dataset=preference_dicts())
     assert (run.folder / "model" / "adapter_config.json").is_file()
     assert run.results["cost"]["reference_tokens"] > 0
     # Same reference weights, rows and numerics: the full run reads the store the LoRA run filled.
@@ -90,17 +69,17 @@ def test_lora_takes_its_reference_with_the_adapter_off(base: Path, tmp_path: Pat
 
 
 def test_an_adapter_goes_on_and_its_own_start_is_the_reference(base: Path, tmp_path: Path) -> None:
-    first = fit(settings(base, tmp_path / "sft", use_peft=True, streams=[{"objective": {"name": "sft"}}]), train_dataset=preference_dicts())
-    second = fit(settings(first.folder / "model", tmp_path / "dpo", use_peft=True, max_steps=2), train_dataset=preference_dicts())
+    first = fit(recipe(base, tmp_path / "sft", use_peft=True, streams=[{"objective": {"name": "sft"}}]), train_dataset=preference_dicts())
+    second = fit(recipe(first.folder / "model", tmp_path / "dpo", use_peft=True, max_steps=2), train_dataset=preference_dicts())
     log = [line for line in read_jsonl(second.folder / "log.jsonl") if "loss" in line]
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    merged = fit(settings(first.folder / "model", tmp_path / "full", max_steps=1), train_dataset=preference_dicts())
+    merged = fit(recipe(first.folder / "model", tmp_path / "full", max_steps=1), train_dataset=preference_dicts())
     assert (merged.folder / "model" / "model.safetensors").is_file()
 
 
 def test_the_store_outlives_learning_rate_and_beta(base: Path, tmp_path: Path) -> None:
-    fit(settings(base, tmp_path / "one", max_steps=1), train_dataset=preference_dicts())
-    other = settings(base, tmp_path / "two", max_steps=1, learning_rate=1e-4, streams=[{"objective": {"name": "dpo", "beta": 0.5}}])
+    fit(recipe(base, tmp_path / "one", max_steps=1), train_dataset=preference_dicts())
+    other = recipe(base, tmp_path / "two", max_steps=1, learning_rate=1e-4, streams=[{"objective": {"name": "dpo", "beta": 0.5}}])
     assert fit(other, train_dataset=preference_dicts()).results["cost"]["reference_tokens"] == 0
 
 
@@ -132,7 +111,7 @@ def test_objects_in_memory_callbacks_and_a_users_loss(tmp_path: Path) -> None:
 
 
 def test_kto_and_streams(base: Path, tmp_path: Path) -> None:
-    kto = fit(settings(base, tmp_path / "kto", streams=[{"objective": {"name": "kto"}}]), train_dataset=preference_dicts())
+    kto = fit(recipe(base, tmp_path / "kto", streams=[{"objective": {"name": "kto"}}]), train_dataset=preference_dicts())
     log = [line for line in read_jsonl(kto.folder / "log.jsonl") if "loss" in line]
     # At the reference r = z = 0, so every reply costs ½.
     assert log[0]["loss"] == pytest.approx(0.5, abs=1e-6)
@@ -143,7 +122,7 @@ def test_kto_and_streams(base: Path, tmp_path: Path) -> None:
         {"name": "safety", "objective": {"name": "dpo"}},
         {"name": "buffer", "data": {"dataset_name": str(path)}, "objective": {"name": "dpo"}, "weight": 0.5},
     ]
-    both = fit(settings(base, tmp_path / "both", streams=streams), train_dataset=preference_dicts())
+    both = fit(recipe(base, tmp_path / "both", streams=streams), train_dataset=preference_dicts())
     first = next(line for line in read_jsonl(both.folder / "log.jsonl") if "loss" in line)
     assert first["loss"] == pytest.approx(1.5 * math.log(2), abs=1e-6)
     assert {"safety/rewards/margins", "buffer/rewards/margins"} <= first.keys()
@@ -156,7 +135,7 @@ def test_a_reward_model(tmp_path: Path) -> None:
     tiny(seed=5).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     run = fit(
-        settings(folder, tmp_path / "rm", num_train_epochs=8, streams=[{"objective": {"name": "bradley_terry"}}]),
+        recipe(folder, tmp_path / "rm", num_train_epochs=8, streams=[{"objective": {"name": "bradley_terry"}}]),
         train_dataset=preference_dicts(),
     )
     log = [line for line in read_jsonl(run.folder / "log.jsonl") if "loss" in line]
@@ -169,28 +148,28 @@ def test_another_reference_model(base: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     tiny(seed=8).save_pretrained(other)
     tokenizer().save_pretrained(other)
-    run = fit(settings(base, tmp_path / "out", reference_model=str(other), max_steps=1), train_dataset=preference_dicts())
+    run = fit(recipe(base, tmp_path / "out", reference_model=str(other), max_steps=1), train_dataset=preference_dicts())
     first = next(line for line in read_jsonl(run.folder / "log.jsonl") if "loss" in line)
     assert abs(first["loss"] - math.log(2)) > 1e-3
 
 
 def test_what_cannot_work_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="Did you mean 'dpo'"):
-        fit(settings(base, tmp_path / "a", streams=[{"objective": {"name": "dpoo"}}]), train_dataset=preference_dicts())
+        fit(recipe(base, tmp_path / "a", streams=[{"objective": {"name": "dpoo"}}]), train_dataset=preference_dicts())
     with pytest.raises(UsageError, match="betta"):
-        fit(settings(base, tmp_path / "b", streams=[{"objective": {"name": "dpo", "betta": 1}}]), train_dataset=preference_dicts())
+        fit(recipe(base, tmp_path / "b", streams=[{"objective": {"name": "dpo", "betta": 1}}]), train_dataset=preference_dicts())
     with pytest.raises(UsageError, match="No weight is left"):
-        fit(settings(base, tmp_path / "c", trainable="no_such_weight"), train_dataset=preference_dicts())
+        fit(recipe(base, tmp_path / "c", trainable="no_such_weight"), train_dataset=preference_dicts())
     with pytest.raises(UsageError, match="no data"):
-        fit(settings(base, tmp_path / "d"))
+        fit(recipe(base, tmp_path / "d"))
     with pytest.raises(UsageError, match="is not a folder"):
-        fit(settings(tmp_path / "nowhere", tmp_path / "e"), train_dataset=preference_dicts())
+        fit(recipe(tmp_path / "nowhere", tmp_path / "e"), train_dataset=preference_dicts())
 
 
 def test_a_loss_that_blows_up_stops_the_run(base: Path, tmp_path: Path) -> None:
     with pytest.raises(NumericsError, match="not finite for rows"):
         fit(
-            settings(base, tmp_path / "out"),
+            recipe(base, tmp_path / "out"),
             train_dataset=preference_dicts(),
             objective=lambda scored: scored.side("chosen").logratios() * torch.inf,
         )
@@ -218,7 +197,7 @@ fit(settings, train_dataset=preference_dicts(), eval_dataset=preference_dicts(4,
 
 def test_kill_9_then_the_same_bytes(base: Path, tmp_path: Path) -> None:
     """Killed in the middle of an epoch, after a checkpoint: the resumed run ends with the bytes of one never killed."""
-    wanted = settings(base, tmp_path / "killed", save_steps=2, use_peft=True, lora_dropout=0.2, lora_r=4)
+    wanted = recipe(base, tmp_path / "killed", save_steps=2, use_peft=True, lora_dropout=0.2, lora_r=4)
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]))
     command = [sys.executable, "-c", SCRIPT]
     killed = subprocess.run([*command, json.dumps(wanted.resolved()), "5"], env=environment, capture_output=True, check=False)
@@ -233,7 +212,7 @@ def test_kill_9_then_the_same_bytes(base: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     try:
         resumed = fit(wanted, **data)
-        whole = fit(settings(base, tmp_path / "whole", save_steps=2, use_peft=True, lora_dropout=0.2, lora_r=4), **data)
+        whole = fit(recipe(base, tmp_path / "whole", save_steps=2, use_peft=True, lora_dropout=0.2, lora_r=4), **data)
     finally:
         torch.set_num_threads(before)
     one, other = (run.folder / "model" / "adapter_model.safetensors" for run in (resumed, whole))

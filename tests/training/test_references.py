@@ -16,31 +16,9 @@ from equipoise.core.files import file_sha256, read_jsonl
 from equipoise.objectives._base import Needs, Scored
 from equipoise.reference.live import FILE, FollowingReference, frozen_copy
 from equipoise.training.fit import fit
-from equipoise.training.settings import TrainSettings
-from tests.tiny import preference_dicts, tiny, tokenizer
+from tests.tiny import preference_dicts, recipe, tiny, tokenizer
 
 PAIRS = ("chosen", "rejected")
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    folder = tmp_path / "base"
-    tiny(seed=5).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
-
-
-def settings(base: Path, out: Path, **values: Any) -> TrainSettings:
-    defaults = {
-        "model_name_or_path": str(base),
-        "output_dir": str(out),
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 4,
-        "num_train_epochs": 2,
-        "token_budget": 100,
-        "reference_store": str(out.parent / "store"),
-    }
-    return TrainSettings.make(defaults | values)
 
 
 def losses(folder: Path) -> list[float]:
@@ -88,15 +66,15 @@ def test_what_was_saved_is_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_a_reference_replaced_after_every_step_keeps_dpo_at_ln_2(lora: bool, base: Path, tmp_path: Path) -> None:
     peft = {"use_peft": True, "lora_r": 4} if lora else {}
-    wanted = settings(base, tmp_path / "out", sync_ref_model=True, ref_model_mixup_alpha=1.0, ref_model_sync_steps=1, **peft)
+    wanted = recipe(base, tmp_path / "out", sync_ref_model=True, ref_model_mixup_alpha=1.0, ref_model_sync_steps=1, **peft)
     run = fit(wanted, train_dataset=preference_dicts())
     assert losses(run.folder) == pytest.approx([math.log(2)] * 6, abs=1e-5)
     assert not (tmp_path / "store").exists(), "a reference that moves is never stored"
 
 
 def test_a_reference_that_never_comes_to_move_gives_the_stored_one_s_losses(base: Path, tmp_path: Path) -> None:
-    still = fit(settings(base, tmp_path / "still", sync_ref_model=True, ref_model_sync_steps=99), train_dataset=preference_dicts())
-    stored = fit(settings(base, tmp_path / "stored"), train_dataset=preference_dicts())
+    still = fit(recipe(base, tmp_path / "still", sync_ref_model=True, ref_model_sync_steps=99), train_dataset=preference_dicts())
+    stored = fit(recipe(base, tmp_path / "stored"), train_dataset=preference_dicts())
     assert losses(still.folder) == pytest.approx(losses(stored.folder), abs=1e-5)
 
 
@@ -107,13 +85,13 @@ class _Stop(TrainerCallback):
 
 
 def test_a_resumed_run_has_the_reference_it_stopped_with(base: Path, tmp_path: Path) -> None:
-    recipe: dict[str, Any] = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.5, "ref_model_sync_steps": 2, "save_strategy": "epoch"}
-    whole = fit(settings(base, tmp_path / "whole", **recipe), train_dataset=preference_dicts())
+    moving: dict[str, Any] = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.5, "ref_model_sync_steps": 2, "save_strategy": "epoch"}
+    whole = fit(recipe(base, tmp_path / "whole", **moving), train_dataset=preference_dicts())
     with pytest.raises(KeyboardInterrupt):
-        fit(settings(base, tmp_path / "cut", **recipe), train_dataset=preference_dicts(), callbacks=[_Stop()])
+        fit(recipe(base, tmp_path / "cut", **moving), train_dataset=preference_dicts(), callbacks=[_Stop()])
     (checkpoint,) = (tmp_path / "cut" / "checkpoints").glob("checkpoint-*")
     assert (checkpoint / FILE).is_file()
-    resumed = fit(settings(base, tmp_path / "cut", **recipe), train_dataset=preference_dicts())
+    resumed = fit(recipe(base, tmp_path / "cut", **moving), train_dataset=preference_dicts())
     assert resumed.results["resumed_from"] == "checkpoint-3"
     one, other = (file_sha256(run.folder / "model" / "model.safetensors") for run in (whole, resumed))
     assert one == other
@@ -135,7 +113,7 @@ def test_the_divergence_to_a_live_reference_starts_at_0_and_grows(how: str, base
         return divergence(scored)
 
     fit(
-        settings(base, tmp_path / "out", **values),
+        recipe(base, tmp_path / "out", **values),
         train_dataset=preference_dicts(),
         objective=loss,
         needs=Needs(roles=PAIRS, reference="live", stats=frozenset({"kl_ref"})),
@@ -145,8 +123,8 @@ def test_the_divergence_to_a_live_reference_starts_at_0_and_grows(how: str, base
 
 
 def test_two_equal_references_mixed_are_the_reference(base: Path, tmp_path: Path) -> None:
-    mixed = fit(settings(base, tmp_path / "mixed", reference_mixture={"models": [str(base)]}), train_dataset=preference_dicts())
-    plain = fit(settings(base, tmp_path / "plain"), train_dataset=preference_dicts())
+    mixed = fit(recipe(base, tmp_path / "mixed", reference_mixture={"models": [str(base)]}), train_dataset=preference_dicts())
+    plain = fit(recipe(base, tmp_path / "plain"), train_dataset=preference_dicts())
     assert losses(mixed.folder) == pytest.approx(losses(plain.folder), abs=1e-5)
 
 
@@ -154,7 +132,7 @@ def test_another_model_in_the_mixture_changes_the_loss(base: Path, tmp_path: Pat
     tiny(seed=9).save_pretrained(tmp_path / "guide")
     tokenizer().save_pretrained(tmp_path / "guide")
     mixture = {"models": [str(tmp_path / "guide")], "weights": [0.5, 0.5], "clip": None}
-    run = fit(settings(base, tmp_path / "out", reference_mixture=mixture), train_dataset=preference_dicts())
+    run = fit(recipe(base, tmp_path / "out", reference_mixture=mixture), train_dataset=preference_dicts())
     assert losses(run.folder)[0] != pytest.approx(math.log(2), abs=1e-3)
 
 
@@ -168,13 +146,13 @@ def test_another_model_in_the_mixture_changes_the_loss(base: Path, tmp_path: Pat
 )
 def test_what_cannot_be_had_together_is_refused(values: dict[str, Any], words: str, base: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=words):
-        fit(settings(base, tmp_path / "out", **values), train_dataset=preference_dicts())
+        fit(recipe(base, tmp_path / "out", **values), train_dataset=preference_dicts())
 
 
 def test_a_mixture_has_no_whole_vocabulary(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="log-probs of the replies only"):
         fit(
-            settings(base, tmp_path / "out", reference_mixture={"models": [str(base)]}),
+            recipe(base, tmp_path / "out", reference_mixture={"models": [str(base)]}),
             train_dataset=preference_dicts(),
             objective=divergence,
             needs=Needs(roles=PAIRS, reference="live", stats=frozenset({"kl_ref"})),
@@ -184,4 +162,4 @@ def test_a_mixture_has_no_whole_vocabulary(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("weights", [[0.5], [0.5, 0.6], [-0.5, 1.5]])
 def test_weights_of_a_mixture_are_shares(weights: list[float], base: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"reference_mixture\.weights"):
-        settings(base, tmp_path / "out", reference_mixture={"models": ["guide"], "weights": weights})
+        recipe(base, tmp_path / "out", reference_mixture={"models": ["guide"], "weights": weights})

@@ -27,7 +27,7 @@ from equipoise.training import _preflight
 from equipoise.training._preflight import check_optimizer
 from equipoise.training.fit import fit
 from equipoise.training.settings import TrainSettings
-from tests.tiny import pairs, preference_dicts, tiny, tokenizer
+from tests.tiny import pairs, preference_dicts, recipe, tiny, tokenizer
 
 register()
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -42,16 +42,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(base: Path, out: Path, **values: Any) -> TrainSettings:
-    defaults = {
-        "model_name_or_path": str(base),
-        "output_dir": str(out),
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 4,
-        "max_steps": 3,
-        "token_budget": 100,
-        "reference_store": str(out.parent / "store"),
-    }
-    return TrainSettings.make(defaults | values)
+    return recipe(base, out, **{"max_steps": 3, **values})
 
 
 def qlora(base: Path, out: Path, **values: Any) -> TrainSettings:

@@ -8,7 +8,8 @@ serves every family and is what the chunked one is checked against. The log-soft
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -112,13 +113,8 @@ def _heads_agree(model: Any, batch: PackedBatch) -> bool:
     ids = np.resize(ids, 4)
     row = TokenRow("head", ids[:2], (Branch("sample", ids[2:], {"learn": np.ones(2, dtype=bool)}),))
     probe = pack([row], "separate" if batch.padding is None else "padded").to(batch.ids.device)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            ours, native = _chunked(model, probe), token_logps(reply_logits(model, probe), probe.target)
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        ours, native = _chunked(model, probe), token_logps(reply_logits(model, probe), probe.target)
     low = any(parameter.dtype.itemsize == 2 for parameter in model.parameters()) or torch.is_autocast_enabled(batch.ids.device.type)
     return bool((ours - native).abs().max() <= (HEAD_TOLERANCE_LOW if low else HEAD_TOLERANCE))
 
@@ -161,6 +157,19 @@ def reply_logits(model: Any, batch: PackedBatch) -> Tensor:
     width = batch.ids.shape[1]
     kept, place = torch.unique(batch.source % width, return_inverse=True)
     return _run(model, batch, logits_to_keep=kept)[batch.source // width, place]
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model in eval mode within this block; nothing is done to one that is in it."""
+    if not model.training:
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
 
 
 def takes_logits_to_keep(model: Any) -> bool:

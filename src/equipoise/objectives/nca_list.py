@@ -4,37 +4,20 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import Field
-
-from equipoise.objectives._base import Losses, Needs, Objective, Scored
-from equipoise.objectives._lists import lists
+from equipoise.objectives._base import Losses, Scored
+from equipoise.objectives._lists import NoiseContrastive
 from equipoise.objectives._parts import logistic
 
 
-class NCAList(Objective):
+class NCAList(NoiseContrastive):
     """L = −Σ_k q_k log σ(βr_k) − (1/K) Σ_k log σ(−βr_k) over a prompt's K replies, q = softmax_k(R_k/α).
 
     r is a summed log-ratio [nats], R the score of a reply, higher is better. With two replies and α → 0 it is `nca`.
     """
 
     paper: ClassVar[str] = "arXiv 2402.05369 (NCA, its form for rewards)"
-    departures: ClassVar[str] = (
-        "R is divided by α, as the authors' code does (reward_trainer.py), which takes α = 0.001, its recipe 0.0001: then nearly all "
-        "of q is on the best reply. The default here is 1: the scale of scores is the data's. The code also adds 0.01 to the score "
-        "of the first of four replies; left out, so replies that tie share q, and K is any number from 2."
-    )
-    needs: ClassVar[Needs] = Needs(roles=("sample",), reference="stored", facts=("score",), many=True)
-
-    beta: float = Field(default=0.01, gt=0, description="strength of the pull to the reference (1/nats)")
-    alpha: float = Field(default=1.0, gt=0, description="α: difference of scores at which the better reply gets e times the weight")
-    score: str = Field(default="score", min_length=1, description="name of the score R among the data's")
-
-    def facts(self) -> tuple[str, ...]:
-        """The score."""
-        return (self.score,)
 
     def __call__(self, scored: Scored) -> Losses:
         """[U] losses of lists. Raises DataError where a list has fewer than two replies or a reply no score."""
-        made = lists(scored, self.beta, self.score, "NCA")
-        wanted = made.log_softmax(made.score / self.alpha).exp()
-        return made.losses(made.sum(wanted * logistic(made.rewards)) + made.mean(logistic(-made.rewards)))
+        made = self.lists(scored, self.beta)
+        return made.losses(made.sum(self.targets(made) * logistic(made.rewards)) + made.mean(logistic(-made.rewards)))

@@ -29,6 +29,10 @@ class SPPO(Objective):
     beta: float = Field(default=0.001, gt=0, description="strength of the pull to the reference (1/nats)")
     labels: Literal["hard", "soft"] = Field(default="hard", description="targets by label, or by the fact win_probability of each reply")
 
+    def facts(self) -> tuple[str, ...]:
+        """The winning probability, where the labels are soft."""
+        return ("win_probability",) if self.labels == "soft" else ()
+
     def __call__(self, scored: Scored) -> Losses:
         """[U] losses of pairs. Raises DataError where soft labels lack a probability."""
         pair = ratio_pair(scored, self.beta)

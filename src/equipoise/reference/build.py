@@ -15,7 +15,7 @@ from equipoise.core.progress import bar
 from equipoise.data.plan import MicroBatch, Planner
 from equipoise.data.rows import TokenRow
 from equipoise.models.batch import Form, pack
-from equipoise.models.logps import policy_logps
+from equipoise.models.logps import evaluating, policy_logps
 from equipoise.reference.store import ReferenceStore, Values
 
 SECONDS_A_SHARD = 20.0
@@ -30,13 +30,8 @@ def reference_logps(
 ) -> list[list[Values]]:
     """Log-probs of every reply token of some rows under `model`, in eval mode and without gradient. float32 [T] each, nats."""
     batch = pack(rows, form).to(device)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), autocast():
-            values = policy_logps(model, batch).float().cpu().numpy()
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad(), autocast():
+        values = policy_logps(model, batch).float().cpu().numpy()
     result: list[list[Values]] = []
     number = 0
     for row in rows:

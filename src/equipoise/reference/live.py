@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 
 from equipoise.core.errors import DataError
 from equipoise.models.batch import PackedBatch
-from equipoise.models.logps import by_reply, policy_logps, reply_logits, token_logps
+from equipoise.models.logps import by_reply, evaluating, policy_logps, reply_logits, token_logps
 
 Tensor = torch.Tensor
 FILE = "reference.safetensors"
@@ -37,7 +37,7 @@ class LiveReference:
     def read(self, policy: Any, batch: PackedBatch, logits: bool = False) -> tuple[Tensor, Tensor | None]:
         """[N, T] log-probs of the replies without gradient, and where asked for the [R, V] logits they come from."""
         model = policy if self.model is None else self.model
-        with self.context(), torch.no_grad(), _evaluating(model):
+        with self.context(), torch.no_grad(), evaluating(model):
             if not logits:
                 return policy_logps(model, batch), None
             table = reply_logits(model, batch)
@@ -95,13 +95,3 @@ def frozen_copy(model: Any) -> Any:
         if id(parameter) not in shared:
             parameter.requires_grad_(False)
     return other.eval()
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

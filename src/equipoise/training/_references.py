@@ -15,7 +15,7 @@ from equipoise.data.rows import TokenRow
 from equipoise.models.attention import NAME, attention_of, register
 from equipoise.models.batch import Form
 from equipoise.models.load import load_causal, weights_fingerprint
-from equipoise.models.logps import unwrapped
+from equipoise.models.logps import evaluating, unwrapped
 from equipoise.objectives._base import Objective
 from equipoise.reference.build import build, check
 from equipoise.reference.key import Context
@@ -91,11 +91,8 @@ class References:
         settings = self.settings
         if stream.objective.needs.reference == "none" or settings.reference_model is not None or settings.reference_mixture is not None:
             return None
-        training = policy.training
-        policy.eval()
-        with torch.no_grad(), forward.attention(unwrapped(policy)):
+        with evaluating(policy), torch.no_grad(), forward.attention(unwrapped(policy)):
             scored, _ = forward.scored(policy, stream, [0])
-        policy.train(training)
         assert scored.policy is not None
         assert scored.reference is not None
         off = float(((scored.policy - scored.reference) * scored.mask).abs().sum() / scored.mask.sum())

@@ -20,7 +20,7 @@ from equipoise.core.progress import say
 from equipoise.data.rows import TokenRow
 from equipoise.models.attention import NAME, attention_of, register
 from equipoise.models.batch import Form, pack
-from equipoise.models.logps import policy_logps, scores, token_logps, unwrapped
+from equipoise.models.logps import evaluating, policy_logps, scores, token_logps, unwrapped
 from equipoise.models.quantised import in_low_precision
 
 Tensor = torch.Tensor
@@ -52,9 +52,7 @@ def choose_form(
     Raises NumericsError where none agrees, or where the one form that was asked for does not.
     """
     register()
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         probes = probe_rows(rows, _window(model))
         native = _native(model, probes, device, autocast)
         low = in_low_precision(model) or autocast is not nullcontext
@@ -75,8 +73,6 @@ def choose_form(
             if wanted == "auto" and form != "padded":
                 say(f"start check: {_family(model)} cannot run {form} rows: {reason}; trying a simpler layout")
         raise NumericsError(f"The start check failed for {_family(model)}: {report['tried']}. No layout gives the model's own log-probs.")
-    finally:
-        model.train(was_training)
 
 
 def check_scores(model: Any, rows: Sequence[TokenRow], device: torch.device, autocast: Autocast = nullcontext) -> dict[str, Any]:
@@ -84,9 +80,7 @@ def check_scores(model: Any, rows: Sequence[TokenRow], device: torch.device, aut
 
     Raises NumericsError where padding changes a score (a missing pad token, a head that reads the wrong position).
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         probes = probe_rows(rows, None)
         with torch.no_grad(), autocast():
             together = scores(model, pack(probes, "padded", _pad(model)).to(device))
@@ -97,8 +91,6 @@ def check_scores(model: Any, rows: Sequence[TokenRow], device: torch.device, aut
                     for number, branch in enumerate(row.branches)
                 ]
             )
-    finally:
-        model.train(was_training)
     difference = _furthest(together, alone)
     low = in_low_precision(model) or autocast is not nullcontext
     tolerance = 5e-2 if low else 1e-3
