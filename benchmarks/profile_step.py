@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from contextlib import nullcontext
 from typing import Any
 
 import _common as common
@@ -47,6 +46,7 @@ def profile(job: dict[str, Any]) -> dict[str, Any]:
 
     from equipoise.data.plan import Planner
     from equipoise.models.attention import NAME, attention_of, register
+    from equipoise.models.gradients import gradients_in_place
     from equipoise.models.logps import unwrapped
     from equipoise.objectives._load import build
     from equipoise.reference.build import build as fill
@@ -70,7 +70,7 @@ def profile(job: dict[str, Any]) -> dict[str, Any]:
             reference = fill(model, rows, store, "packed", budget, cpu)["seconds"]
         stream = Stream("main", rows, build({"name": "dpo"}), 1.0, store)
         step = Planner((stream.lengths,), len(rows), budget, shuffle=False).step(0)
-        runner = StepRunner([stream], Forward("packed", cpu), Meters(), lambda loss: loss.backward(), lambda last: nullcontext())
+        runner = StepRunner([stream], Forward("packed", cpu), Meters(), lambda loss: loss.backward(), lambda last: gradients_in_place())
 
         def once() -> None:
             runner.run(model, step)

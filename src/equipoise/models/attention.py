@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from equipoise.core.errors import NumericsError
-from equipoise.models import _flex
+from equipoise.models import _flex, _rows
 from equipoise.models.batch import Span
 
 Tensor = torch.Tensor
@@ -29,6 +29,7 @@ _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask", "alibi")
 # torch's CPU kernel is slower in bfloat16 than in float32 up to about this many positions (measured: 10 against 5 ms
 # forward and backward at 160, 5 against 2 ms for 49 queries on 169 keys; 16 against 25 ms at 400).
 SHORT_ROW = 256
+LOW = (torch.bfloat16, torch.float16)
 _current: ContextVar[tuple[Span, ...] | None] = ContextVar("equipoise_rows", default=None)
 
 
@@ -39,6 +40,7 @@ class RowMask:
     rows: tuple[Span, ...]
     window: int | None
     _biases: dict[Any, Tensor | None] = field(default_factory=dict)
+    _calls: dict[torch.dtype, tuple[_rows.Piece, ...]] = field(default_factory=dict)
     _blocks: Any = None
 
     def bias(self, prompt: int, reply: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -56,6 +58,12 @@ class RowMask:
         if self.window is None or length <= self.window:
             return None
         return self.bias(0, length, dtype, device)
+
+    def calls(self, dtype: torch.dtype) -> tuple[_rows.Piece, ...]:
+        """The kernel calls that serve the rows on a CPU. Kept for all layers."""
+        if dtype not in self._calls:
+            self._calls[dtype] = tuple(_rows.pieces(self.rows, self, dtype))
+        return self._calls[dtype]
 
     def blocks(self, device: torch.device) -> Any:
         """The same rule as FlexAttention's block mask. Kept for all layers, the backward pass and recomputation."""
@@ -122,12 +130,15 @@ def packed_attention(
         raise NumericsError("Packed attention runs without a key-value cache.")
     if _flex.usable(query, key, value, dropout):
         return _flex.attend(query, key, value, attention_mask.blocks(query.device), scaling), None
+    dtype = query.dtype
+    if query.device.type == "cpu" and dtype in LOW and max(row.length for row in attention_mask.rows) <= SHORT_ROW:
+        query, key, value = query.float(), key.float(), value.float()
+    if _rows.usable(query, key, value, dropout):
+        calls = attention_mask.calls(query.dtype)
+        return _rows.RowAttention.apply(query, key, value, calls, scaling).to(dtype), None  # type: ignore[no-untyped-call]
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    dtype = query.dtype
-    if query.device.type == "cpu" and dtype != torch.float32 and max(row.length for row in attention_mask.rows) <= SHORT_ROW:
-        query, key, value = query.float(), key.float(), value.float()
     # One split instead of many slices: its backward is one concatenation, a slice's would be a zero-filled copy each.
     heads = [length for row in attention_mask.rows for length in (row.prompt + row.branches[0], *row.branches[1:])]
     queries, keys, values = (iter(torch.split(part, heads, dim=2)) for part in (query, key, value))

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from equipoise.models.gradients import gradient_of, grows_in_place, replaced_forward
+
 Tensor = torch.Tensor
 CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 512 * 2**20}
 """float32 size of one chunk's logits: on a CPU near what a last-level cache holds, on a GPU enough rows for a full-speed product."""
@@ -50,12 +52,13 @@ class HeadLogps(torch.autograd.Function):
             if direction is not None:
                 direction[cut] = _direction(exponentials, sums[cut], matrix, target[cut])
         ctx.save_for_backward(hidden, weight, bias, target, tops, sums, kept, direction)
+        ctx.grows = weight if needs_weight and grows_in_place(weight) else None
         return values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        """Gradients with respect to hidden, weight and bias, each in the dtype of its tensor."""
+        """Gradients with respect to hidden, weight and bias, each in the dtype of its tensor; the weight's may be added in place."""
         hidden, weight, bias, target, tops, sums, kept, direction = ctx.saved_tensors
         (gradient,) = gradients
         if direction is not None:
@@ -63,7 +66,10 @@ class HeadLogps(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         matrix = weight.to(hidden.dtype)
         to_hidden = torch.empty_like(hidden) if needs_hidden else None
-        to_weight = torch.empty_like(weight, dtype=wide_dtype(weight.dtype)) if needs_weight else None
+        in_place = ctx.grows is not None
+        to_weight = None
+        if needs_weight:
+            to_weight = gradient_of(ctx.grows) if in_place else torch.empty_like(weight, dtype=wide_dtype(weight.dtype))
         to_bias = torch.zeros_like(bias, dtype=wide_dtype(weight.dtype)) if needs_bias else None
         for number, cut in enumerate(chunks(hidden, len(weight))):
             again = kept is None
@@ -74,9 +80,10 @@ class HeadLogps(torch.autograd.Function):
             shrunk = -(scale / sums[cut])
             if to_weight is not None:
                 rows = (hidden[cut] * shrunk[:, None]).to(hidden.dtype)
-                if to_weight.dtype == hidden.dtype:  # beta=0 reads nothing of what an empty tensor holds
-                    torch.addmm(to_weight, exponentials.t(), rows, beta=float(number > 0), out=to_weight)
-                elif number:
+                holds = in_place or number > 0  # else it is empty, and what lies there is not to be read
+                if to_weight.dtype == hidden.dtype:
+                    torch.addmm(to_weight, exponentials.t(), rows, beta=float(holds), out=to_weight)
+                elif holds:
                     to_weight += exponentials.t() @ rows
                 else:
                     to_weight.copy_(exponentials.t() @ rows)
@@ -88,7 +95,7 @@ class HeadLogps(torch.autograd.Function):
             to_bias.index_add_(0, target, gradient.to(to_bias.dtype))
         return (
             to_hidden,
-            None if to_weight is None else to_weight.to(weight.dtype),
+            None if to_weight is None or in_place else to_weight.to(weight.dtype),
             None if to_bias is None else to_bias.to(bias.dtype),
             None,
         )
@@ -118,15 +125,8 @@ def replaced_head(head: Any, source: Tensor, read: Callable[[Tensor, Tensor, Ten
         chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, source)
         return read(chosen, head.weight, head.bias)[None]
 
-    own: Callable[..., Any] | None = head.__dict__.get("forward")
-    head.forward = forward
-    try:
+    with replaced_forward(head, forward):
         yield
-    finally:
-        if own is None:
-            del head.forward
-        else:
-            head.forward = own
 
 
 def _exponentials(

@@ -20,6 +20,7 @@ from equipoise.core.errors import NumericsError
 from equipoise.data.rows import Branch, TokenRow
 from equipoise.models.attention import packed_rows
 from equipoise.models.batch import PackedBatch, pack
+from equipoise.models.gradients import replaced_embedding
 from equipoise.models.heads import can_replace, head_logps, replaced_head
 from equipoise.models.stats import head_statistics, statistics
 
@@ -142,10 +143,11 @@ def scores(model: Any, batch: PackedBatch) -> Tensor:
 def _run(model: Any, batch: PackedBatch, **more: Any) -> Tensor:
     """What the model's forward gives as logits for this batch, in its form."""
     inputs: dict[str, Any] = {"input_ids": batch.ids, "use_cache": False, **more}
-    if batch.padding is None:
-        with packed_rows(batch.rows):
-            return model(**inputs, position_ids=batch.positions).logits
-    return model(**inputs, attention_mask=batch.padding.long()).logits
+    with replaced_embedding(unwrapped(model).get_input_embeddings()):
+        if batch.padding is None:
+            with packed_rows(batch.rows):
+                return model(**inputs, position_ids=batch.positions).logits
+        return model(**inputs, attention_mask=batch.padding.long()).logits
 
 
 def reply_logits(model: Any, batch: PackedBatch) -> Tensor:

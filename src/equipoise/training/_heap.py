@@ -22,3 +22,11 @@ def keep_freed_memory() -> bool:
     return all(
         mallopt(option, value) == 1 for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 * 2**20))
     )
+
+
+def give_back_freed_memory() -> None:
+    """Give what is freed back once: holes that loading and the reference pass left, into which nothing of a step fits."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

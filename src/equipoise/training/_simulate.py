@@ -25,7 +25,9 @@ from equipoise.core.errors import UsageError
 from equipoise.data.rows import Branch, TokenRow
 from equipoise.models.attention import NAME, attention_of, register
 from equipoise.models.batch import Form, PackedBatch, pack
+from equipoise.models.gradients import gradients_in_place
 from equipoise.models.heads import can_replace
+from equipoise.models.layers import lean_layers
 from equipoise.models.load import base_of, is_adapter, load_config, resolve_model
 from equipoise.models.logps import policy_logps, scores, takes_logits_to_keep, token_logps, unwrapped
 from equipoise.training._model import autocast_for, make_trainable
@@ -102,11 +104,12 @@ class Simulation:
     """A run's model on fake tensors, as `fit` would train it.
 
     settings: the run's. readout: what its objectives read. device: type of the device it is to run on.
-    config: of a model in memory; None: read from `model_name_or_path`.
+    config: of a model in memory; None: read from `model_name_or_path`. exchanged: whether gradients go to other processes.
     """
 
-    def __init__(self, settings: TrainSettings, readout: str, device: str = "cpu", config: Any = None) -> None:
+    def __init__(self, settings: TrainSettings, readout: str, device: str = "cpu", config: Any = None, exchanged: bool = False) -> None:
         self.settings, self.readout, self.device = settings, readout, torch.device(device)
+        self.exchanged = exchanged
         register()
         self.mode = FakeTensorMode()
         self.model = _without_weights(settings, readout, config)
@@ -144,7 +147,8 @@ class Simulation:
         with self.mode:
             ledger.ignore([*self.parameters, *self.model.buffers(), *_tensors(batch)])
         attention: AbstractContextManager[Any] = nullcontext() if form == "padded" else attention_of(unwrapped(self.model), NAME)
-        with attention, self.mode, ledger, torch.set_grad_enabled(training):
+        gradients: AbstractContextManager[Any] = nullcontext() if self.exchanged else gradients_in_place()
+        with attention, gradients, lean_layers(self.model), self.mode, ledger, torch.set_grad_enabled(training):
             if form != "padded" and unwrapped(self.model).config._attn_implementation != NAME:
                 raise UsageError(f"{type(unwrapped(self.model)).__name__} does not let its attention be replaced.")
             if training and accumulate:

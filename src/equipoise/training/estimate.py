@@ -147,7 +147,7 @@ class Estimator:
     @cached_property
     def simulation(self) -> Simulation:
         """The model on shapes."""
-        return Simulation(self.settings, self.readout, self.machine.device, self.config)
+        return Simulation(self.settings, self.readout, self.machine.device, self.config, exchanged=self.world_size > 1)
 
     @cached_property
     def form(self) -> Form:

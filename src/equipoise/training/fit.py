@@ -31,7 +31,7 @@ from equipoise.models.logps import unwrapped
 from equipoise.objectives._base import Losses, Needs, Objective, Scored
 from equipoise.objectives._load import build, from_callable
 from equipoise.training._arguments import training_arguments
-from equipoise.training._heap import keep_freed_memory
+from equipoise.training._heap import give_back_freed_memory, keep_freed_memory
 from equipoise.training._model import (
     autocast_for,
     load_policy,
@@ -171,6 +171,8 @@ class _Fit:
             with self.ranks.one_voice():
                 say(f"going on from {resume.name}")
                 references.resume(resume)
+        if device.type == "cpu":
+            give_back_freed_memory()
         native = unwrapped(policy).config._attn_implementation
         if forward.form != "padded":
             unwrapped(policy).set_attn_implementation(NAME)

@@ -20,9 +20,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from equipoise.core.errors import UsageError
+from equipoise.models.gradients import gradients_in_place
 from equipoise.models.logps import unwrapped
 
 SHARDS = "sharded"
@@ -95,10 +97,11 @@ class ShardedCheckpoints(Trainer):
     @contextmanager
     def exchange(self, model: Any, last: bool) -> Iterator[None]:
         """Around a micro-batch. DDP exchanges gradients after the last one only; FSDP2 after each, or it would hold them whole."""
-        if last or isinstance(model, FSDPModule):
+        shards = isinstance(model, FSDPModule) or self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if shards or (last and isinstance(model, DistributedDataParallel)):
             yield
         else:
-            with self.accelerator.no_sync(model):
+            with self.accelerator.no_sync(model), gradients_in_place():
                 yield
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
