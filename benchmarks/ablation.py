@@ -19,7 +19,7 @@ from typing import Any
 
 import _common as common
 
-FULL = {"form": "packed", "planned": True, "head": "chunked", "heap": True, "dtype": "float32"}
+FULL = {"form": "packed", "planned": True, "head": "chunked", "heap": True, "lean": True, "dtype": "float32"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "all of it": {},
     "prompts not shared": {"form": "separate"},
@@ -27,7 +27,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rows padded, pairs in file order, two at a time": {"form": "padded", "planned": False},
     "head without chunks": {"head": "logits"},
     "head on every position": {"head": "everywhere"},
-    "all of the four left out": {"form": "padded", "planned": False, "head": "everywhere", "heap": False},
+    "what autograd keeps, kept": {"lean": False},
+    "all of the five left out": {"form": "padded", "planned": False, "head": "everywhere", "heap": False, "lean": False},
     "freed memory given back": {"heap": False},
     "bfloat16 autocast": {"dtype": "bfloat16"},
 }
@@ -96,6 +97,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
     from equipoise.data.plan import Planner, Step
     from equipoise.models.attention import NAME, attention_of, register
+    from equipoise.models.gradients import gradients_in_place
     from equipoise.models.logps import unwrapped
     from equipoise.objectives._load import build
     from equipoise.reference.build import build as fill
@@ -110,6 +112,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     if job["heap"]:
         keep_freed_memory()
     use_head(job["head"])
+    if not job["lean"]:
+        keep_everything()
     register()
     model, rows = policy(job), token_rows(job)
     cpu, form = torch.device("cpu"), job["form"]
@@ -122,7 +126,11 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         planner = Planner((stream.lengths,), len(rows), budget, shuffle=False, shared=form == "packed", padded=form == "padded")
         step = planner.step(0) if job["planned"] else in_file_order(len(rows), Step)
         runner = StepRunner(
-            [stream], Forward(form, cpu, autocast=autocast), Meters(), lambda loss: loss.backward(), lambda last: nullcontext()
+            [stream],
+            Forward(form, cpu, autocast=autocast),
+            Meters(),
+            lambda loss: loss.backward(),
+            lambda last: gradients_in_place() if job["lean"] else nullcontext(),
         )
         begin = time.perf_counter()
         loss = runner.run(model, step)
@@ -183,6 +191,15 @@ def use_head(kind: str) -> None:
 
         logps.head_of = lambda model, batch: "chunked"
         logps._chunked = everywhere
+
+
+def keep_everything() -> None:
+    """Leave norms, gated MLPs and row-by-row attention to plain autograd."""
+    from equipoise.models import _rows
+    from equipoise.training import _step
+
+    _rows.usable = lambda *_: False
+    _step.lean_layers = lambda model: nullcontext()
 
 
 if __name__ == "__main__":
