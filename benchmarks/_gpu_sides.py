@@ -25,6 +25,7 @@ from equipoise.data.plan import Planner
 from equipoise.data.rows import Branch, TokenRow
 from equipoise.models.attention import NAME, attention_of
 from equipoise.models.batch import Form
+from equipoise.models.gradients import gradients_in_place
 from equipoise.objectives._load import build as build_objective
 from equipoise.reference.build import build as build_store
 from equipoise.reference.key import Context
@@ -128,9 +129,8 @@ class Ours:
         self.store = ReferenceStore(folder, Context("benchmark", "none", "benchmark", form))
         stream = Stream("main", rows, build_objective({"name": "dpo", "beta": BETA}), store=self.store)
         self.planner = Planner((stream.lengths,), batch, budget, shared=form == "packed")
-        sync: Callable[[bool], AbstractContextManager[Any]] = lambda last: nullcontext()  # noqa: E731
-        forward = Forward(form, self.device, autocast=autocast)
-        self.runner = StepRunner([stream], forward, Meters(), backward=lambda loss: loss.backward(), sync=sync)
+        self.forward = Forward(form, self.device, autocast=autocast)
+        self.runner = StepRunner([stream], self.forward, Meters(), lambda loss: loss.backward(), sync=lambda last: gradients_in_place())
 
     def reference(self) -> None:
         """Fill the store with what it lacks."""

@@ -34,8 +34,10 @@ from _gpu_sides import SHAPES, TINY, Autocast, Ours, Side, StandIn, Watch, make_
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from equipoise.models import _flex
+from equipoise.models._elementwise import compiled
 from equipoise.models.attention import NAME, packed_attention, register
 from equipoise.models.batch import Form
+from equipoise.training import _step
 
 SCHEMA_VERSION = 1
 FLOPS = (
@@ -280,6 +282,8 @@ class Bench:
             "as_it_is": (lambda: ours(budget), nullcontext()),
             "attention_row_by_row": (lambda: ours(budget), _without_flex()),
             "prompts_not_shared": (lambda: ours(budget, form="separate"), nullcontext()),
+            "what_autograd_keeps_kept": (lambda: ours(budget), _without_lean_layers()),
+            "norms_and_gates_compiled": (lambda: _with_compiled_kernels(ours(budget), self.device), nullcontext()),
         } | ({"layers_compiled": (lambda: ours(budget), _compiled_layers(model))} if deep else {})
         found: dict[str, Any] = {}
         for part, (make, context) in parts.items():
@@ -334,6 +338,21 @@ def _without_flex() -> Iterator[None]:
         yield
     finally:
         _flex.usable = before
+
+
+@contextmanager
+def _without_lean_layers() -> Iterator[None]:
+    before = _step.lean_layers
+    _step.lean_layers = lambda model, kernels: nullcontext()
+    try:
+        yield
+    finally:
+        _step.lean_layers = before
+
+
+def _with_compiled_kernels(side: Ours, device: torch.device) -> Ours:
+    side.forward.kernels = compiled(device)
+    return side
 
 
 @contextmanager

@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from equipoise.models import _flex
+from equipoise.models._elementwise import EAGER, compiled
 from equipoise.models.attention import NAME, attention_of, register
 from equipoise.models.batch import pack
+from equipoise.models.gradients import gradients_in_place
+from equipoise.models.layers import lean_layers
 from equipoise.models.logps import policy_logps, token_logps
 from equipoise.training.start_check import choose_form
 from tests.gpu.shapes import LENGTHS, SHAPES, model, rows
@@ -68,6 +71,16 @@ def test_the_kernel_serves_these_heads_in_bfloat16(heads: int, kv_heads: int, he
 @pytest.mark.parametrize("heads", [(16, 16), (14, 2), (32, 8)])
 def test_the_kernel_serves_these_heads_in_float32(heads: tuple[int, int]) -> None:
     assert _flex.works(*heads, 64, torch.float32, torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("kind", ["eager", "compiled"])
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_lean_layers_and_gradients_in_place(name: str, kind: str) -> None:
+    policy = model(name, layers=2)
+    expected = gradient(policy, packed(policy))
+    kernels = compiled(torch.device("cuda", 0)) if kind == "compiled" else EAGER
+    with lean_layers(policy, kernels), gradients_in_place():
+        assert relative(gradient(policy, packed(policy)), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("name", sorted(SHAPES))

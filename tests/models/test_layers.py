@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from equipoise.core.errors import UsageError
 from equipoise.models import layers
+from equipoise.models._elementwise import EAGER, Kernels, compiled
 from equipoise.models._rows import RowAttention, pieces
 from equipoise.models.attention import NAME, RowMask, attention_of, register
 from equipoise.models.batch import Span, pack
@@ -56,7 +58,7 @@ def test_rms_norm(weights: torch.dtype, dtype: torch.dtype) -> None:
 def test_rms_norm_by_hand() -> None:
     """x = (3, 4), weight (1, 2), ε = 0: mean x² = 12.5, y = (0.8485…, 2.2627…); dy₀/dx₀ = (1/√12.5)(1 − 9/25)."""
     hidden, weight = torch.tensor([[3.0, 4.0]], requires_grad=True), torch.tensor([1.0, 2.0], requires_grad=True)
-    output = layers.RMSNorm.apply(hidden, weight, 0.0)
+    output = layers.RMSNorm.apply(hidden, weight, 0.0, EAGER)
     scale = 12.5**-0.5
     torch.testing.assert_close(output, torch.tensor([[3 * scale, 8 * scale]]))
     output[0, 0].backward()
@@ -92,7 +94,7 @@ def test_gated_mlp(lora: bool) -> None:
 
 def test_gated_product_gradcheck() -> None:
     gate, up = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(layers.GatedProduct.apply, (gate, up))
+    assert torch.autograd.gradcheck(lambda *parts: layers.GatedProduct.apply(*parts, EAGER), (gate, up))
 
 
 class OnePlus(LlamaRMSNorm):
@@ -172,3 +174,33 @@ def test_row_attention_gradcheck(groups: int, window: int | None) -> None:
     )
     calls = tuple(pieces(rows, RowMask(rows, window), torch.float64))
     assert torch.autograd.gradcheck(lambda *parts: RowAttention.apply(*parts, calls, None), (query, key, value))
+
+
+def test_compiled_kernels_give_the_same_step() -> None:
+    """On micro-batches of two sizes, which share the kernels."""
+    try:
+        kernels = compiled(torch.device("cpu"))
+    except UsageError as error:
+        pytest.skip(str(error))
+    model = tiny("llama").train()
+
+    def gradient(kernels: Kernels) -> torch.Tensor:
+        model.zero_grad()
+        for number in (1, 3):
+            with attention_of(model, NAME), lean_layers(model, kernels):
+                policy_logps(model, pack(pairs(number))).sum().backward()
+        return torch.cat([weight.grad.flatten() for weight in model.parameters()])
+
+    torch.testing.assert_close(gradient(kernels), gradient(EAGER), rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_compiled_is_said_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(function: Any, **_: Any) -> Any:
+        def fails(*_: Any) -> Any:
+            raise RuntimeError("no compiler was found\nand a long trace")
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", refuses)
+    with pytest.raises(UsageError, match=r"torch_compile=true.*C\+\+ compiler.*no compiler was found\)\. Install it, or leave"):
+        compiled.__wrapped__(torch.device("cpu"))

@@ -19,9 +19,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.functional import silu
 from torch.utils._python_dispatch import _disable_current_modes
 
+from equipoise.models._elementwise import EAGER, Kernels
 from equipoise.models.gradients import replaced_forward
 
 Tensor = torch.Tensor
@@ -30,8 +30,10 @@ _EPSILONS = ("variance_epsilon", "eps")
 
 
 @contextmanager
-def lean_layers(model: Any) -> Iterator[None]:
+def lean_layers(model: Any, kernels: Kernels = EAGER) -> Iterator[None]:
     """Within this block the layers that ours can stand in for are ours. The backward pass belongs into it as well.
+
+    kernels: what they compute with (`_elementwise.compiled`, or one operation after the other).
 
     Under activation checkpointing layers run again in the backward pass, and there is nothing left that could be kept: the
     product in front of `down_proj` is left to it then.
@@ -40,89 +42,79 @@ def lean_layers(model: Any) -> Iterator[None]:
     checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in modules)
     with ExitStack() as stack:
         for module in modules:
-            forward = _stand_in(module, keep_product=checkpointed)
+            forward = _stand_in(module, kernels, keep_product=checkpointed)
             if forward is not None:
                 stack.enter_context(replaced_forward(module, forward))
         yield
 
 
 class RMSNorm(torch.autograd.Function):
-    """weight · (x / √(mean x² + ε)), the mean over the last dimension, in float32 and rounded to x's dtype before the weight."""
+    """weight · (x / √(mean x² + ε)), the mean over the last dimension."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float, kernels: Kernels) -> Tensor:
         """hidden [..., H], weight [H] → [..., H]."""
-        wide = hidden.float()
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+        output, scale = kernels.norm(hidden, weight, epsilon)
         ctx.save_for_backward(hidden, weight, scale)
-        normed = (wide * scale).to(hidden.dtype)
-        return normed.mul_(weight) if normed.dtype == weight.dtype else weight * normed
+        ctx.kernels = kernels
+        return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """With n = x·scale and g = ∂·weight: ∂/∂x = scale · (g − n · mean(g n)), ∂/∂weight = Σ_rows ∂ n."""
-        hidden, weight, scale = ctx.saved_tensors
-        gradient = gradients[0].float()
-        normed = hidden.float() * scale
-        to_weight = (gradient * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]:
-            return None, to_weight, None
-        inner = gradient * weight
-        share = (inner * normed).mean(-1, keepdim=True)
-        return inner.addcmul_(normed, share, value=-1).mul_(scale).to(hidden.dtype), to_weight, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """∂/∂hidden and ∂/∂weight."""
+        to_hidden, to_weight = ctx.kernels.norm_backward(gradients[0], *ctx.saved_tensors, ctx.needs_input_grad[1])
+        return to_hidden, to_weight, None, None
 
 
 class GatedProduct(torch.autograd.Function):
     """silu(gate) · up."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gates: Tensor, up: Tensor, kernels: Kernels) -> Tensor:
         """Both [..., F] → [..., F]."""
-        ctx.save_for_backward(gate, up)
-        return silu(gate).mul_(up)
+        ctx.save_for_backward(gates, up)
+        ctx.kernels = kernels
+        return kernels.gate(gates, up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         """∂/∂gate and ∂/∂up."""
-        gate, up = ctx.saved_tensors
-        (gradient,) = gradients
-        to_gate = torch.ops.aten.silu_backward(gradient * up, gate) if ctx.needs_input_grad[0] else None
-        return to_gate, silu(gate).mul_(gradient) if ctx.needs_input_grad[1] else None
+        return *ctx.kernels.gate_backward(gradients[0], *ctx.saved_tensors), None
 
 
-def _stand_in(module: torch.nn.Module, keep_product: bool) -> Callable[[Tensor], Tensor] | None:
+def _stand_in(module: torch.nn.Module, kernels: Kernels, keep_product: bool) -> Callable[[Tensor], Tensor] | None:
     """The forward that can take a layer's place; None where there is none, or where somebody else put one there."""
     if "forward" in vars(module):
         return None
     epsilon = _epsilon(module)
     if epsilon is not None:
-        return partial(_norm, module, epsilon) if _agrees(module, _norm_trial) else None
+        return partial(_norm, module, epsilon, kernels) if _agrees(module, _norm_trial) else None
     if set(module._modules) == set(_MLP) and not module._parameters:
-        return partial(_gated, module, keep_product) if _agrees(module, _gated_trial) else None
+        return partial(_gated, module, kernels, keep_product) if _agrees(module, _gated_trial) else None
     return None
 
 
-def _norm(module: Any, epsilon: float, hidden: Tensor) -> Tensor:
+def _norm(module: Any, epsilon: float, kernels: Kernels, hidden: Tensor) -> Tensor:
     if hidden.dtype == torch.float64:  # families compute in float32 whatever they are given; leave that to them
         return type(module).forward(module, hidden)
-    return RMSNorm.apply(hidden, module.weight, epsilon)  # type: ignore[no-untyped-call]
+    return RMSNorm.apply(hidden, module.weight, epsilon, kernels)  # type: ignore[no-untyped-call]
 
 
-def _gated(module: Any, keep_product: bool, hidden: Tensor) -> Tensor:
-    gate, up = module.gate_proj(hidden), module.up_proj(hidden)
-    product = GatedProduct.apply(gate, up)  # type: ignore[no-untyped-call]
+def _gated(module: Any, kernels: Kernels, keep_product: bool, hidden: Tensor) -> Tensor:
+    gates, up = module.gate_proj(hidden), module.up_proj(hidden)
+    product = GatedProduct.apply(gates, up, kernels)  # type: ignore[no-untyped-call]
     if keep_product:
         return module.down_proj(product)
-    gate, up, storage = gate.detach(), up.detach(), product.untyped_storage()._cdata
+    gates, up, storage = gates.detach(), up.detach(), product.untyped_storage()._cdata
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
         same = saved.untyped_storage()._cdata == storage and saved.is_contiguous() and saved.numel() == product_size
         return saved.shape if same else saved
 
     def unpack(saved: Tensor | torch.Size) -> Tensor:
-        return saved if isinstance(saved, Tensor) else silu(gate).mul_(up).view(saved)
+        return saved if isinstance(saved, Tensor) else kernels.gate(gates, up).view(saved)
 
     product_size = product.numel()
     with saved_tensors_hooks(pack, unpack):
@@ -156,13 +148,13 @@ def _agrees(module: torch.nn.Module, trial: Callable[[torch.nn.Module], tuple[An
 
 def _norm_trial(module: torch.nn.Module) -> tuple[Any, Tensor, Callable[[Tensor], Tensor]]:
     small = _with_parts(module, {"weight": torch.nn.Parameter(torch.randn(8))}, {})
-    return small, torch.randn(3, 8), partial(_norm, small, _epsilon(module) or 0.0)
+    return small, torch.randn(3, 8), partial(_norm, small, _epsilon(module) or 0.0, EAGER)
 
 
 def _gated_trial(module: torch.nn.Module) -> tuple[Any, Tensor, Callable[[Tensor], Tensor]]:
     parts = {name: torch.nn.Linear(*((6, 4) if name == "down_proj" else (4, 6))) for name in _MLP[:3]}
     small = _with_parts(module, {}, {**parts, "act_fn": module.act_fn})
-    return small, torch.randn(3, 4), partial(_gated, small, True)
+    return small, torch.randn(3, 4), partial(_gated, small, EAGER, True)
 
 
 def _with_parts(module: torch.nn.Module, parameters: dict[str, Any], children: dict[str, Any]) -> Any:

@@ -52,7 +52,7 @@ class StepRunner:
         Gradients of ranks are averaged by DDP, so each rank's loss carries the factor `world_size`.
         Raises NumericsError naming the rows of a loss that is not finite.
         """
-        with lean_layers(model):
+        with lean_layers(model, self.forward.kernels):
             return self._run(model, step)
 
     def _run(self, model: Any, step: Step) -> Tensor:

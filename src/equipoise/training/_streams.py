@@ -14,6 +14,7 @@ from equipoise.core.errors import DataError, UsageError, nearest
 from equipoise.data.marks import with_marks
 from equipoise.data.plan import MicroBatch
 from equipoise.data.rows import TokenRow, TokenRows
+from equipoise.models._elementwise import EAGER, Kernels
 from equipoise.models.attention import NAME, attention_of
 from equipoise.models.batch import Form, PackedBatch, pack, to_device
 from equipoise.models.logps import policy_logps, policy_statistics, scores
@@ -81,7 +82,7 @@ class Forward:
     """How a micro-batch goes through the model.
 
     form: layout of the rows. autocast: context for the forward pass. pad_id fills the padded form. live: the reference of
-    streams that have no store.
+    streams that have no store. kernels: what norms and gates compute with while training.
     """
 
     form: Form
@@ -89,6 +90,7 @@ class Forward:
     pad_id: int = 0
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     live: LiveReference | None = None
+    kernels: Kernels = EAGER
 
     def scored(self, model: Any, stream: Stream, rows: Sequence[int]) -> tuple[Scored, PackedBatch]:
         """Log-probs (or scores) of some rows of a stream, with their reference and statistics. policy, reference, mask: [N, T]."""

@@ -94,6 +94,10 @@ class TrainSettings(Settings):
     trainable: str | None = Field(default=None, description="regular expression: train only weights whose name matches")
     fsdp: bool = Field(default=False, description="cut weights, gradients and optimizer state over the processes (FSDP2)")
     gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
+    torch_compile: bool = Field(
+        default=False,
+        description="one compiled kernel for each norm and gate (needs a C++ compiler, on a GPU Triton); never the whole model",
+    )
     attention: Literal["auto", "packed", "separate", "padded"] = Field(
         default="auto", description="auto: shared prompts where the start check agrees, else falls back; the others force one way"
     )
