@@ -32,7 +32,7 @@ def test_one_object_with_every_side(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert max(norms) < 1.02 * min(norms)
     assert [side["loss"] for side in one["agreement"].values()] == pytest.approx([0.6931] * 3, abs=5e-3)
     assert {name: part.get("error") for name, part in one["ablations"].items()} == dict.fromkeys(one["ablations"])
-    assert len(one["ablations"]) == 4
+    assert len(one["ablations"]) == 6
     assert one["profile"]
 
 
