@@ -65,7 +65,8 @@ def compiled(device: torch.device) -> Kernels:
     """The compiled ones, tried once on this device. Raises UsageError where nothing can be compiled for it."""
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, COMPILED_SHAPES)
-    kernels = Kernels(*(torch.compile(function, dynamic=True, fullgraph=True) for function in EAGER))
+    functions: list[Any] = [torch.compile(function, dynamic=True, fullgraph=True) for function in EAGER]
+    kernels = Kernels(*functions)
     hidden, weight = torch.ones(3, 8, device=device), torch.ones(8, device=device)
     try:
         scale = kernels.norm(hidden, weight, 1e-6)[1]
