@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from equipoise.core.errors import UsageError
 from equipoise.models import layers
 from equipoise.models._elementwise import EAGER, Kernels, compiled
-from equipoise.models._rows import RowAttention, pieces
+from equipoise.models._rows import RowAttention
 from equipoise.models.attention import NAME, RowMask, attention_of, register
 from equipoise.models.batch import Span, pack
 from equipoise.models.layers import lean_layers
@@ -172,7 +172,7 @@ def test_row_attention_gradcheck(groups: int, window: int | None) -> None:
     query, key, value = (
         torch.randn(1, heads, 15, 8, generator=generator, dtype=torch.float64, requires_grad=True) for heads in (2 * groups, 2, 2)
     )
-    calls = tuple(pieces(rows, RowMask(rows, window), torch.float64))
+    calls = RowMask(rows, window).calls(torch.float64)
     assert torch.autograd.gradcheck(lambda *parts: RowAttention.apply(*parts, calls, None), (query, key, value))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from equipoise.core.errors import NumericsError
+from equipoise.models import _rows
 from equipoise.models.attention import NAME, attention_of, packed_rows, register
 from equipoise.models.batch import Form, pack
 from equipoise.models.logps import policy_logps, token_logps
@@ -44,6 +45,14 @@ def ours(model: Any, form: Form) -> torch.Tensor:
         return policy_logps(model, pack(ROWS, form))
 
 
+@pytest.fixture(params=["kernel", "public function"])
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through torch's CPU kernel, and as where it does not serve (dropout, other devices)."""
+    if request.param == "public function":
+        monkeypatch.setattr(_rows, "usable", lambda *_: False)
+
+
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_log_probs_equal_plain_forwards(name: str) -> None:
     model = tiny(name)
@@ -54,6 +63,7 @@ def test_log_probs_equal_plain_forwards(name: str) -> None:
             torch.testing.assert_close(ours(model, form), expected, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt350m", "mistral", "gemma3"])
 def test_gradients_equal_plain_forwards(name: str) -> None:
     model = tiny(name)

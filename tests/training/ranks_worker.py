@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from equipoise.core.errors import EquipoiseError
 from equipoise.data.plan import Planner
 from equipoise.data.rows import TokenRow
 from equipoise.models.attention import NAME, attention_of, register
+from equipoise.models.gradients import gradients_in_place
 from equipoise.models.logps import unwrapped
 from equipoise.objectives._load import build
 from equipoise.reference.build import build as build_store
@@ -80,6 +81,13 @@ def step_plan(stream: Stream, world_size: int) -> Planner:
     return Planner((stream.lengths,), len(stream.rows), BUDGET, shuffle=False, world_size=world_size)
 
 
+@contextmanager
+def unsynchronised(model: DistributedDataParallel) -> Iterator[None]:
+    """As the trainer goes through all micro-batches of a step but the last."""
+    with model.no_sync(), gradients_in_place():
+        yield
+
+
 def step_model(wrap: str) -> torch.nn.Module:
     """A tiny model; an adapter's weights are random on both sides, or half of its gradients would be zero."""
     model: Any = tiny(seed=3)
@@ -100,14 +108,15 @@ def step_gradient(name: str, wrap: str, folder: Path, rank: int, world_size: int
     step = step_plan(stream, world_size).step(0)
     plain = step_model(wrap)
     model: Any = plain
-    sync: Callable[[bool], AbstractContextManager[Any]] = lambda last: nullcontext()  # noqa: E731
+    sync: Callable[[bool], AbstractContextManager[Any]] = lambda last: gradients_in_place()  # noqa: E731
     if world_size > 1 and wrap.startswith("fsdp"):
         shard(model, CPU)
         assert isinstance(model, FSDPModule)
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        sync = lambda last: nullcontext()  # noqa: E731
     elif world_size > 1:
         model = DistributedDataParallel(plain)
-        sync = lambda last: nullcontext() if last else model.no_sync()  # noqa: E731
+        sync = lambda last: nullcontext() if last else unsynchronised(model)  # noqa: E731
     live = LiveReference(tiny(seed=7))
     live.model.set_attn_implementation(NAME)
     runner = StepRunner([stream], Forward("packed", CPU, live=live), Meters(), lambda loss: loss.backward(), sync, rank, world_size)

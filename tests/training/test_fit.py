@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from equipoise.core.errors import NumericsError, StageError, UsageError
 from equipoise.core.files import read_json, read_jsonl
+from equipoise.models._elementwise import EAGER, Kernels
 from equipoise.objectives._base import Needs, Scored
+from equipoise.training import fit as fit_module
 from equipoise.training.checkpoints import newest_complete
 from equipoise.training.fit import fit
 from equipoise.training.settings import TrainSettings
@@ -44,6 +46,27 @@ def test_dpo_starts_at_ln_2_and_learns(base: Path, tmp_path: Path) -> None:
     assert (run.folder / "trained_on.npz").is_file()
     assert run.results["cost"]["pairs"] == 24
     assert not list(run.folder.rglob("*.bin")), "nothing is pickled into the model folder"
+
+
+def test_torch_compile_reaches_the_step_and_trains_the_same(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of the step are asked for by the setting, and are those that norms and gates then run."""
+    calls: list[str] = []
+
+    def counted(function: Any) -> Any:
+        def call(*given: Any) -> Any:
+            calls.append(function.__name__)
+            return function(*given)
+
+        return call
+
+    monkeypatch.setattr(fit_module, "compiled", lambda device: Kernels(*map(counted, EAGER)))
+    losses = {}
+    for wanted in (False, True):
+        run = fit(recipe(base, tmp_path / f"{wanted}", max_steps=2, torch_compile=wanted), train_dataset=preference_dicts())
+        losses[wanted] = [line["loss"] for line in read_jsonl(run.folder / "log.jsonl") if "loss" in line]
+        assert bool(calls) == wanted
+    assert set(calls) == {"norm", "norm_backward", "gate", "gate_backward"}
+    assert losses[True] == losses[False]
 
 
 def test_a_finished_run_is_not_run_again(base: Path, tmp_path: Path) -> None:

@@ -20,15 +20,7 @@ from equipoise.objectives._load import build
 from equipoise.training._streams import Stream, check_stream, join
 from equipoise.training.fit import fit
 from equipoise.training.settings import TrainSettings
-from tests.tiny import pairs, preference_dicts, row, tiny, tokenizer
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    folder = tmp_path / "base"
-    tiny(seed=5).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
+from tests.tiny import pairs, preference_dicts, row
 
 
 def trained(base: Path, objective: dict[str, Any], rows: list[dict[str, Any]] | None, **values: Any) -> list[dict[str, Any]]:

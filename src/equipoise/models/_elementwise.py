@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import silu
 
 from equipoise.core.errors import UsageError
+from equipoise.models._compile import with_open_shapes
 
 Tensor = torch.Tensor
-# A kernel for each shape's rank, dtype and hidden size that a process meets; beyond torch's own limit of 8 it would run uncompiled.
-COMPILED_SHAPES = 64
 
 
 def norm(hidden: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -63,10 +62,7 @@ EAGER = Kernels()
 @cache
 def compiled(device: torch.device) -> Kernels:
     """The compiled ones, tried once on this device. Raises UsageError where nothing can be compiled for it."""
-    config: Any = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, COMPILED_SHAPES)
-    functions: list[Any] = [torch.compile(function, dynamic=True, fullgraph=True) for function in EAGER]
-    kernels = Kernels(*functions)
+    kernels = Kernels(*map(with_open_shapes, EAGER))
     hidden, weight = torch.ones(3, 8, device=device), torch.ones(8, device=device)
     try:
         scale = kernels.norm(hidden, weight, 1e-6)[1]

@@ -17,13 +17,11 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from equipoise.core.progress import say
+from equipoise.models._compile import with_open_shapes
 from equipoise.models.batch import Span
 
 Tensor = torch.Tensor
 BLOCK = 128
-# One compiled kernel for every (heads, head_dim, dtype, with or without gradient); torch's own limit of 8 is soon reached
-# by a process that meets several models, and beyond it FlexAttention would materialise all scores.
-COMPILED_SHAPES = 64
 # Largest error allowed by the trial run, as a share of the largest value.
 FLOAT32_TOLERANCE, LOW_TOLERANCE = 1e-4, 3e-2
 TRIAL = (Span(0, 70, (60, 41)), Span(171, 1, (90,)))
@@ -140,10 +138,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: f
 
 @functools.cache
 def _compiled() -> Any:
-    config: Any = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, COMPILED_SHAPES)
-    # Sequence lengths differ between micro-batches: one kernel for all of them.
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    return with_open_shapes(flex_attention)
 
 
 def _one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,13 +7,11 @@ is what the layer had anyway. Gradients are written where they belong, with no z
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from equipoise.models.batch import Span
 
 Tensor = torch.Tensor
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -37,17 +35,6 @@ class Piece:
         """Keys or values [1, H, S, D] as these queries see them."""
         own = part[:, :, self.start : self.end]
         return torch.cat([part[:, :, self.first : self.first + self.prompt], own], dim=2) if self.prompt else own
-
-
-def pieces(rows: Sequence[Span], biases: Any, dtype: torch.dtype) -> Iterator[Piece]:
-    """The calls that serve these rows: a prompt with its first reply, then every further reply. biases: a `RowMask`."""
-    cpu = torch.device("cpu")
-    for row in rows:
-        end = row.start + row.prompt + row.branches[0]
-        yield Piece(row.start, 0, row.start, end, biases.causal(end - row.start, dtype, cpu))
-        for reply in row.branches[1:]:
-            yield Piece(row.start, row.prompt, end, end + reply, biases.bias(row.prompt, reply, dtype, cpu))
-            end += reply
 
 
 def usable(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:

@@ -60,9 +60,16 @@ class RowMask:
         return self.bias(0, length, dtype, device)
 
     def calls(self, dtype: torch.dtype) -> tuple[_rows.Piece, ...]:
-        """The kernel calls that serve the rows on a CPU. Kept for all layers."""
+        """The kernel calls that serve the rows on a CPU: a prompt with its first reply, then every further reply. Kept for all layers."""
         if dtype not in self._calls:
-            self._calls[dtype] = tuple(_rows.pieces(self.rows, self, dtype))
+            made, cpu = [], torch.device("cpu")
+            for row in self.rows:
+                end = row.start + row.prompt + row.branches[0]
+                made.append(_rows.Piece(row.start, 0, row.start, end, self.causal(end - row.start, dtype, cpu)))
+                for reply in row.branches[1:]:
+                    made.append(_rows.Piece(row.start, row.prompt, end, end + reply, self.bias(row.prompt, reply, dtype, cpu)))
+                    end += reply
+            self._calls[dtype] = tuple(made)
         return self._calls[dtype]
 
     def blocks(self, device: torch.device) -> Any:

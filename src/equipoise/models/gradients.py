@@ -2,7 +2,7 @@
 
 [V, H] is large beside a micro-batch: 113 MB for SmolLM2-135M, 1 GB for Llama-1B. For tied weights autograd would make one
 such tensor for the output layer, one full of zeros for the embedding, and their sum, and then add that to `.grad`: in every
-micro-batch, and in memory that was just given back (on a CPU a seventh of a step went into its page faults).
+micro-batch, and on top of all it has in memory.
 
 Only inside `gradients_in_place`, which the training step enters where `.grad` is all that anyone waits for: DDP and FSDP
 hook into autograd's own accumulation, so a micro-batch whose gradients are exchanged does without.
