@@ -113,6 +113,11 @@ def peak_rss_mb() -> float:
         return round(peak / (2**20 if sys.platform == "darwin" else 1024), 1)
 
 
+def memory_key(device: str) -> str:
+    """What a peak of memory [MiB] is called: resident memory of the process, or device memory that torch handed out."""
+    return "peak_device_mb" if device == "cuda" else "peak_rss_mb"
+
+
 def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

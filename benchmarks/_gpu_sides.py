@@ -23,9 +23,11 @@ from torch.utils.checkpoint import checkpoint
 
 from equipoise.data.plan import Planner
 from equipoise.data.rows import Branch, TokenRow
+from equipoise.models._elementwise import kernels_for
 from equipoise.models.attention import NAME, attention_of
 from equipoise.models.batch import Form
 from equipoise.models.gradients import gradients_in_place
+from equipoise.models.layers import lean_layers
 from equipoise.objectives._load import build as build_objective
 from equipoise.reference.build import build as build_store
 from equipoise.reference.key import Context
@@ -129,12 +131,12 @@ class Ours:
         self.store = ReferenceStore(folder, Context("benchmark", "none", "benchmark", form))
         stream = Stream("main", rows, build_objective({"name": "dpo", "beta": BETA}), store=self.store)
         self.planner = Planner((stream.lengths,), batch, budget, shared=form == "packed")
-        self.forward = Forward(form, self.device, autocast=autocast)
+        self.forward = Forward(form, self.device, autocast=autocast, kernels=kernels_for(self.device, None))
         self.runner = StepRunner([stream], self.forward, Meters(), lambda loss: loss.backward(), sync=lambda last: gradients_in_place())
 
     def reference(self) -> None:
         """Fill the store with what it lacks."""
-        with attention_of(self.model, NAME):
+        with attention_of(self.model, NAME), lean_layers(self.model, self.forward.kernels):
             build_store(self.model, self.rows, self.store, self.form, self.budget, self.device, self.autocast)
 
     def step(self, number: int) -> Tensor:

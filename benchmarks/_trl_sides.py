@@ -1,15 +1,18 @@
 """One side of `vs_trl.py`, in a process of its own: TRL's trainers or equipoise's `fit` on the very same token rows.
 
-Started by `vs_trl.py` with a JSON job on stdin; prints a JSON result on stdout. Data preparation is handed over (it has its
-own benchmark): every side reads the same prompt and reply ids, in the same order, so that losses can be compared step by step.
+Started by `vs_trl.py`, which writes jobs to stdin and reads results from stdout, a line of JSON each. Data preparation is
+handed over (it has its own benchmark): every side reads the same prompt and reply ids, in the same order, so that losses can
+be compared step by step.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import tempfile
 import time
+import traceback
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -18,9 +21,24 @@ import _common as common
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Do the job; seconds of the reference pass and of training, peak memory [MiB], the loss of every step."""
+    import torch
+
+    cuda = job["device"] == "cuda"
+    if cuda:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        torch.set_num_threads(job["threads"])
     side = _ours if job["side"] == "ours" else _theirs
-    with tempfile.TemporaryDirectory() as folder:
-        return side(job, folder)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            found = side(job, folder)
+    except Exception as error:  # the other sides are still worth having, and a search goes on to its next setting
+        traceback.print_exc(file=sys.stderr)
+        return {"error": f"{type(error).__name__}: {str(error).strip()[:300]}"}
+    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else common.peak_rss_mb()
+    return found | {common.memory_key(job["device"]): round(peak, 1)}
 
 
 # ---- equipoise
@@ -102,7 +120,8 @@ def _theirs(job: dict[str, Any], folder: str) -> dict[str, Any]:
         lr_scheduler_type="constant",
         num_train_epochs=1,
         bf16=job["dtype"] == "bfloat16",
-        use_cpu=True,
+        use_cpu=job["device"] == "cpu",
+        use_liger_kernel=settings.get("liger", False),
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -186,10 +205,7 @@ def _sequence(prefix: str, ids: list[int], prompt: int) -> dict[str, list[int]]:
 
 
 if __name__ == "__main__":
-    given = json.load(sys.stdin)
-    import torch
-
-    torch.set_num_threads(given["threads"])
-    with redirect_stdout(sys.stderr):
-        found = run(given)
-    print(json.dumps(found | {"peak_rss_mb": common.peak_rss_mb()}))
+    for line in sys.stdin:
+        with redirect_stdout(sys.stderr):
+            result = run(json.loads(line))
+        print(json.dumps(result), flush=True)

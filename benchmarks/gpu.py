@@ -34,7 +34,7 @@ from _gpu_sides import SHAPES, TINY, Autocast, Ours, Side, StandIn, Watch, make_
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from equipoise.models import _flex
-from equipoise.models._elementwise import compiled
+from equipoise.models._elementwise import EAGER, Kernels, computing_with
 from equipoise.models.attention import NAME, packed_attention, register
 from equipoise.models.batch import Form
 from equipoise.training import _step
@@ -283,7 +283,7 @@ class Bench:
             "attention_row_by_row": (lambda: ours(budget), _without_flex()),
             "prompts_not_shared": (lambda: ours(budget, form="separate"), nullcontext()),
             "what_autograd_keeps_kept": (lambda: ours(budget), _without_lean_layers()),
-            "norms_and_gates_compiled": (lambda: _with_compiled_kernels(ours(budget), self.device), nullcontext()),
+            "kernels_not_compiled": (lambda: _with_kernels(ours(budget), EAGER), nullcontext()),
         } | ({"layers_compiled": (lambda: ours(budget), _compiled_layers(model))} if deep else {})
         found: dict[str, Any] = {}
         for part, (make, context) in parts.items():
@@ -305,23 +305,24 @@ class Bench:
             self.clean()
         return found
 
-    def profile(self, side: Side) -> list[dict[str, Any]]:
-        """The dozen operations one step of ours spends most device time on [ms]."""
+    def profile(self, side: Side) -> dict[str, Any]:
+        """Share of a step that the device computes at all, and the two dozen operations of ours it spends most time on [ms]."""
         from torch.profiler import ProfilerActivity, profile
 
         cuda = self.device.type == "cuda"
         with profile(activities=[ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])) as measured:
-            self.watch.run(lambda: side.step(0))
+            seconds = self.watch.run(lambda: side.step(0))[0]
         side.model.zero_grad()
         # On a GPU kernels alone: the operations that launched them carry the same time once more.
         kernels = [event for event in measured.key_averages() if not cuda or event.device_type == torch.autograd.DeviceType.CUDA]
         events = [(event.self_device_time_total if cuda else event.self_cpu_time_total, event) for event in kernels]
-        top = sorted(events, key=lambda pair: -pair[0])[:12]
+        top = sorted(events, key=lambda pair: -pair[0])[:24]
         whole = sum(spent for spent, _ in events)
-        return [
+        listed = [
             {"op": event.key[:80], "ms": round(spent / 1e3, 3), "share": round(spent / whole, 4), "calls": event.count}
             for spent, event in top
         ]
+        return {"ms": round(whole / 1e3, 3), "share_of_the_step": round(whole / 1e6 / seconds, 3), "operations": listed}
 
     def clean(self) -> None:
         """Give freed device memory back."""
@@ -343,28 +344,29 @@ def _without_flex() -> Iterator[None]:
 @contextmanager
 def _without_lean_layers() -> Iterator[None]:
     before = _step.lean_layers
-    _step.lean_layers = lambda model, kernels: nullcontext()
+    _step.lean_layers = lambda model, kernels: computing_with(kernels)
     try:
         yield
     finally:
         _step.lean_layers = before
 
 
-def _with_compiled_kernels(side: Ours, device: torch.device) -> Ours:
-    side.forward.kernels = compiled(device)
+def _with_kernels(side: Ours, kernels: Kernels) -> Ours:
+    side.forward.kernels = kernels
     return side
 
 
 @contextmanager
 def _compiled_layers(model: Any) -> Iterator[None]:
-    """Decoder layers through torch.compile; attention over packed rows stays outside the graph, with its own kernel."""
+    """Decoder layers through torch.compile instead of ours; attention over packed rows stays outside the graph, with its own kernel."""
     layers = [module for module in model.modules() if type(module).__name__.endswith("DecoderLayer")]
     ALL_ATTENTION_FUNCTIONS.register(NAME, torch.compiler.disable(packed_attention))
     for layer in layers:
         # The CPU's code generator takes a minute for a layer: there only the capture of the graph is tried.
         layer.compile(dynamic=True, backend="inductor" if next(model.parameters()).is_cuda else "aot_eager")
     try:
-        yield
+        with _without_lean_layers():  # the compiler decides itself what to make again
+            yield
     finally:
         for layer in layers:
             layer._compiled_call_impl = None

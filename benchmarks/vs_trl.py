@@ -1,12 +1,15 @@
 """equipoise beside TRL on this machine: the same model, token rows, order, optimizer and precision, in turn, losses compared.
 
     python benchmarks/vs_trl.py --rows 128 --json
+    python benchmarks/vs_trl.py --shape llama-3.2-1b --rows 1024 --repeats 2 --batch-size 64 --dtype bfloat16   one GPU, no network
 
 Sides: `ours` (equipoise's `fit` with its defaults), `default` (TRL as it comes: 8 pairs a micro-batch, gradient checkpointing,
-the reference in every step) and `tuned` (the fastest of micro-batch 1, 2, 4 with and without gradient checkpointing, reference
-precomputed, found on the first rows). Rows are cut into `--repeats` blocks; every side runs a block in a process of its own
-before the next block begins, so what slows the machine slows all of them. Seconds are those of the reference pass and of
-training; loading, tokenising and TRL's own data preparation are left out (see `prepare.py`).
+the reference in every step) and `tuned` (the fastest of several micro-batches with and without gradient checkpointing, reference
+precomputed, found on the first rows; on a GPU also with Liger's kernels, where they are installed). Rows are cut into `--repeats`
+blocks; every side runs a block before the next block begins, so what slows the machine slows all of them: on a CPU each time in
+a new process, whose peak memory is its own; on a GPU in one process a side, which first runs a step to compile and warm up.
+Seconds are those of the reference pass and of training; loading, tokenising and TRL's own data preparation are left out
+(see `prepare.py`).
 """
 
 from __future__ import annotations
@@ -16,21 +19,37 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import _common as common
 
 CHILD = Path(__file__).with_name("_trl_sides.py")
-MICRO_BATCHES = (1, 2, 4)
+MICRO_BATCHES = {"cpu": (1, 2, 4), "cuda": (4, 8, 16)}
+TRL_MICRO_BATCH = 8
 
 
 def main() -> None:
     """Parse, measure, print one JSON object."""
     arguments = _arguments()
-    rows = token_rows(arguments)
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
+        if arguments.shape:
+            arguments.model = folder
+            rows = random_model_and_rows(arguments, folder)
+        else:
+            rows = token_rows(arguments)
+        compare(arguments, rows)
+
+
+def compare(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> None:
+    """Search TRL's settings, run the blocks, print."""
+    memory = common.memory_key(arguments.device)
     base = {
+        "device": arguments.device,
         "model": arguments.model,
         "objective": arguments.objective,
         "dtype": arguments.dtype,
@@ -39,52 +58,106 @@ def main() -> None:
         "learning_rate": arguments.learning_rate or (2e-5 if arguments.lora else 1e-6),
         "threads": arguments.threads,
     }
-    default = {"micro_batch": arguments.batch_size, "gradient_checkpointing": True, "precompute": False}
+    default = {"micro_batch": min(TRL_MICRO_BATCH, arguments.batch_size), "gradient_checkpointing": True, "precompute": False}
     ours = {"token_budget": arguments.token_budget} if arguments.token_budget else {}
     sides: dict[str, dict[str, Any]] = {"ours": ours, "tuned": {}, "default": default}
     searched: list[dict[str, Any]] = []
+    workers = {name: Worker(arguments.device) for name in arguments.sides}
+    first = rows[: arguments.batch_size]
     if "tuned" in arguments.sides:
-        sides["tuned"], searched = search(base, rows[: arguments.search_rows])
+        sides["tuned"], searched = search(workers["tuned"], base, rows[: arguments.search_rows], arguments.micro_batches)
     size = -(-len(rows) // arguments.repeats)
     blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
     limits = {name: limit for name, limit in (("default", arguments.default_blocks), ("tuned", arguments.tuned_blocks)) if limit}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.sides}
+    if arguments.device == "cuda":
+        for name, worker in workers.items():
+            worker.run(base | {"side": name, "settings": sides[name], "rows": first})
+            common.log(f"{name} is warm")
     for number, block in enumerate(blocks):
         turn = number % len(arguments.sides)
         for name in arguments.sides[turn:] + arguments.sides[:turn]:
             if number >= limits.get(name, len(blocks)):
                 continue
-            runs[name].append(child(base | {"side": name, "settings": sides[name], "rows": block}))
-            common.log(
-                f"block {number + 1} of {len(blocks)}, {name}: {total(runs[name][-1]):.1f} s, {runs[name][-1]['peak_rss_mb']:.0f} MiB"
-            )
-    peak = matmul_peak(arguments.dtype, arguments.threads)
+            runs[name].append(workers[name].run(base | {"side": name, "settings": sides[name], "rows": block}))
+            common.log(f"block {number + 1} of {len(blocks)}, {name}: {total(runs[name][-1]):.1f} s, {runs[name][-1][memory]:.0f} MiB")
+    for worker in workers.values():
+        worker.close()
+    peak = matmul_peak(arguments.dtype, arguments.threads, arguments.device)
     results = summarise(arguments, blocks, runs, peak)
     settings = {**vars(arguments), "rows": len(rows), "sides": {name: sides[name] for name in arguments.sides}, "blocks": len(blocks)}
     common.report("vs_trl", settings, results | {"search": searched}, one_line=arguments.json)
 
 
-def search(base: dict[str, Any], rows: list[dict[str, list[int]]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The fastest TRL settings on a few rows, and what each of them took."""
+def search(
+    worker: Worker, base: dict[str, Any], rows: list[dict[str, list[int]]], micro_batches: Sequence[int]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The fastest TRL settings on a few rows, and what each of them took or why it failed."""
+    cuda = base["device"] == "cuda"
     tried = []
-    for micro_batch in MICRO_BATCHES:
-        for checkpointing in (False, True):
-            settings = {"micro_batch": micro_batch, "gradient_checkpointing": checkpointing, "precompute": True}
-            result = child(base | {"side": "tuned", "settings": settings, "rows": rows, "batch_size": len(rows)})
-            tried.append(settings | {"seconds": round(total(result), 3), "peak_rss_mb": result["peak_rss_mb"]})
-            common.log(f"search {settings}: {tried[-1]['seconds']} s, {tried[-1]['peak_rss_mb']:.0f} MiB")
-    best = min(tried, key=lambda item: item["seconds"])
-    return {name: best[name] for name in ("micro_batch", "gradient_checkpointing", "precompute")}, tried
+    job = base | {"side": "tuned", "rows": rows, "batch_size": len(rows)}
+    if cuda:  # the first run pays for what is compiled and loaded once
+        worker.try_run(job | {"settings": _trl_settings(micro_batches[0], False)})
+    candidates = [_trl_settings(micro, checkpointing) for micro in micro_batches for checkpointing in ((False,) if cuda else (False, True))]
+    if cuda and find_spec("liger_kernel"):
+        candidates += [_trl_settings(micro, False) | {"liger": True} for micro in micro_batches]
+    for settings in candidates:
+        result = worker.try_run(job | {"settings": settings})
+        tried.append(settings | ({"seconds": round(total(result), 3)} if "error" not in result else {}) | _facts(result))
+        common.log(f"search {tried[-1]}")
+    done = [item for item in tried if "error" not in item]
+    if not done:
+        raise SystemExit("none of TRL's settings ran")
+    best = min(done, key=lambda item: item["seconds"])
+    return {name: best[name] for name in ("micro_batch", "gradient_checkpointing", "precompute", "liger") if name in best}, tried
 
 
-def child(job: dict[str, Any]) -> dict[str, Any]:
-    """Run one side in its own process: its peak memory is its own, and nothing is left over for the next."""
-    done = subprocess.run([sys.executable, str(CHILD)], input=json.dumps(job), capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.stderr.write(done.stderr[-4000:])
-        raise SystemExit(f"the side {job['side']} failed with {job['settings']}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+def _trl_settings(micro_batch: int, checkpointing: bool) -> dict[str, Any]:
+    return {"micro_batch": micro_batch, "gradient_checkpointing": checkpointing, "precompute": True}
+
+
+def _facts(result: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in result.items() if name in ("error", "peak_rss_mb", "peak_device_mb")}
+
+
+class Worker:
+    """One side's process. On a CPU every job has a new one: its peak memory is its own, and nothing is left over for the next."""
+
+    def __init__(self, device: str) -> None:
+        self.lasting, self._process = device == "cuda", None
+
+    def run(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Do a job; end everything where it fails."""
+        result = self.try_run(job)
+        if "error" in result:
+            raise SystemExit(f"the side {job['side']} failed with {job['settings']}: {result['error']}")
+        return result
+
+    def try_run(self, job: dict[str, Any]) -> dict[str, Any]:
+        """The same with an `error` where it fails. What the process says goes to stderr where it failed."""
+        if self._process is None:
+            self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (lives as long as the process)
+            self._process = subprocess.Popen(
+                [sys.executable, str(CHILD)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True
+            )
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        result: dict[str, Any] = json.loads(line) if line else {"error": f"it ended with code {self._process.wait()}"}
+        if "error" in result:
+            self._said.seek(0)
+            sys.stderr.write(self._said.read()[-4000:])
+        if not self.lasting or not line:
+            self.close()
+        return result
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.stdin.close()
+            self._process.wait()
+            self._said.close()
+            self._process = None
 
 
 def total(run: dict[str, Any]) -> float:
@@ -113,6 +186,24 @@ def token_rows(arguments: argparse.Namespace) -> list[dict[str, list[int]]]:
     ]
 
 
+def random_model_and_rows(arguments: argparse.Namespace, folder: str) -> list[dict[str, list[int]]]:
+    """Saves random weights of a known shape and a tokenizer of nothing but special tokens; rows of random tokens, long as the data's."""
+    import torch
+    from _gpu_sides import SHAPES, TINY, make_model, make_rows
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    shape = (SHAPES | TINY)[arguments.shape]
+    make_model(shape, torch.device(arguments.device)).save_pretrained(folder)
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    words = Tokenizer(WordLevel({word: number for number, word in enumerate(special.values())}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    kind = {"hh": "hh", "demos": "ultrafeedback"}[arguments.data]
+    rows = make_rows(kind, arguments.rows, shape["vocab_size"])
+    return [{"prompt": row.prompt.tolist()} | {branch.role: branch.ids.tolist() for branch in row.branches} for row in rows]
+
+
 def summarise(
     arguments: argparse.Namespace, blocks: list[list[dict[str, list[int]]]], runs: dict[str, list[dict[str, Any]]], peak: float
 ) -> dict[str, Any]:
@@ -123,6 +214,7 @@ def summarise(
     body, head = model_weights(arguments.model)
     passes = (4 if arguments.lora else 6) + (2 if arguments.objective == "dpo" else 0)
     work = [passes * (body * tokens + head * scored) for tokens, scored in zip(unique, replies, strict=True)]
+    memory = common.memory_key(arguments.device)
     sides = {}
     for name, done in runs.items():
         seconds = [total(run) for run in done]
@@ -131,7 +223,7 @@ def summarise(
             "seconds": common.summary(seconds),
             "blocks": len(done),
             "reference_seconds": common.summary([run["reference_seconds"] for run in done]),
-            "peak_rss_mb": common.summary([run["peak_rss_mb"] for run in done]),
+            memory: common.summary([run[memory] for run in done]),
             "useful_gflops": common.summary([flops / spent / 1e9 for flops, spent in zip(work, seconds, strict=False)]),
             "share_of_matmul_peak": common.summary([flops / spent / peak for flops, spent in zip(work, seconds, strict=False)]),
             "losses": [run["losses"] for run in done],
@@ -145,7 +237,7 @@ def summarise(
         pairs = list(zip(runs["ours"], runs[name], strict=False))  # a slow side may have run the first blocks only
         for what, values in {
             f"throughput_vs_{name}": [total(theirs) / total(mine) for mine, theirs in pairs],
-            f"memory_vs_{name}": [mine["peak_rss_mb"] / theirs["peak_rss_mb"] for mine, theirs in pairs],
+            f"memory_vs_{name}": [mine[memory] / theirs[memory] for mine, theirs in pairs],
         }.items():
             ratios[what] = round(statistics.median(values), 3)
             spread[what] = common.summary(values)
@@ -175,18 +267,23 @@ def model_weights(name: str) -> tuple[int, int]:
     return everything - embeddings - (0 if tied else head.numel()), head.numel()
 
 
-def matmul_peak(dtype: str, threads: int) -> float:
+def matmul_peak(dtype: str, threads: int, device: str) -> float:
     """FLOPs a second of the fastest of several matrix products, each the best of some tries: the most this machine shows."""
     import torch
 
-    torch.set_num_threads(threads)
+    cuda = device == "cuda"
+    if not cuda:
+        torch.set_num_threads(threads)
     kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     best = 0.0
-    for rows, inner, columns in ((512, 512, 512), (1024, 1024, 1024), (2048, 2048, 2048), (1024, 576, 1536)):
-        left, right = torch.randn(rows, inner).to(kind), torch.randn(columns, inner).to(kind)
+    sizes = ((512, 512, 512), (1024, 1024, 1024), (2048, 2048, 2048), (1024, 576, 1536))
+    for rows, inner, columns in ((4096, 4096, 4096), (8192, 8192, 8192)) if cuda else sizes:
+        left, right = torch.randn(rows, inner, device=device).to(kind), torch.randn(columns, inner, device=device).to(kind)
         for _ in range(8):
             begin = time.perf_counter()
             torch.nn.functional.linear(left, right)
+            if cuda:
+                torch.cuda.synchronize()
             best = max(best, 2.0 * rows * inner * columns / (time.perf_counter() - begin))
     return best
 
@@ -196,6 +293,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=32, help="pairs, over all blocks")
     parser.add_argument("--repeats", type=int, default=4, help="blocks the rows are cut into")
     parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--shape", default=None, help="in place of a model: random weights of this shape (see _gpu_sides.py), random rows")
+    parser.add_argument("--scratch", default=None, help="folder for that model; default: the system's")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=None, help="default: cuda where there is one")
     parser.add_argument("--data", choices=["hh", "demos"], default="hh", help="hh: HH-RLHF harmless; demos: short prompts, long replies")
     parser.add_argument("--objective", choices=["dpo", "sft", "orpo", "simpo"], default="dpo")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast over float32 weights")
@@ -205,12 +305,21 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--token-budget", type=int, default=None, help="of our micro-batches; default: the setting's own")
     parser.add_argument("--search-rows", type=int, default=8, help="rows on which TRL's settings are searched")
+    parser.add_argument(
+        "--micro-batches", type=int, nargs="+", default=None, help="the ones tried for TRL; default: 1 2 4, on a GPU 4 8 16"
+    )
     parser.add_argument("--default-blocks", type=int, default=None, help="run the slow default side on the first blocks only")
     parser.add_argument("--tuned-blocks", type=int, default=None, help="the same for the tuned side")
     parser.add_argument("--sides", nargs="+", default=["ours", "tuned", "default"], choices=["ours", "tuned", "default"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="the JSON object on one line")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.device is None:
+        import torch
+
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments.micro_batches = arguments.micro_batches or MICRO_BATCHES[arguments.device]
+    return arguments
 
 
 if __name__ == "__main__":

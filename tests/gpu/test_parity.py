@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from equipoise.models import _flex
-from equipoise.models._elementwise import EAGER, compiled
+from equipoise.models import _flex, heads
+from equipoise.models._elementwise import EAGER, compiled, computing_with
 from equipoise.models.attention import NAME, attention_of, register
 from equipoise.models.batch import pack
 from equipoise.models.gradients import gradients_in_place
@@ -81,6 +81,35 @@ def test_lean_layers_and_gradients_in_place(name: str, kind: str) -> None:
     kernels = compiled(torch.device("cuda", 0)) if kind == "compiled" else EAGER
     with lean_layers(policy, kernels), gradients_in_place():
         assert relative(gradient(policy, packed(policy)), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("keep", [0, 2**30], ids=["computed again", "kept"])
+@pytest.mark.parametrize("kind", ["eager", "compiled"])
+def test_the_head_in_bfloat16_is_as_near_the_truth_as_rounding_allows(kind: str, keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks over a large vocabulary, against float64 on the same bfloat16 numbers; W's gradient added to what is there."""
+    monkeypatch.setattr(heads, "KEEP_BYTES", keep)
+    monkeypatch.setitem(heads.CHUNK_BYTES, "cuda", 4 * 50_000 * 100)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(333, 256, generator=generator).to("cuda", torch.bfloat16).requires_grad_()
+    weight = (torch.randn(50_000, 256, generator=generator) / 16).bfloat16().float().to("cuda").requires_grad_()
+    weight.grad = torch.ones_like(weight)
+    target = torch.randint(0, 50_000, (333,), generator=generator).to("cuda")
+    cotangent = torch.randn(333, generator=generator).to("cuda")
+    exact = [part.detach().double().requires_grad_() for part in (hidden, weight)]
+    expected = (exact[0] @ exact[1].T).log_softmax(-1).gather(1, target[:, None])[:, 0]
+    expected.backward(cotangent.double())
+    with computing_with(compiled(torch.device("cuda", 0)) if kind == "compiled" else EAGER), gradients_in_place(), autocast():
+        values = heads.head_logps(hidden, weight, None, target)
+    values.backward(cotangent)
+    assert values.dtype == torch.float32
+    assert float((values - expected).abs().max()) <= 0.1
+    assert hidden.grad is not None
+    assert relative(hidden.grad.double(), exact[0].grad) <= 1e-2
+    assert relative(weight.grad.double() - 1, exact[1].grad) <= 1e-2
+
+
+def test_products_of_16_bit_numbers_are_added_unrounded() -> None:
+    assert heads.adds_wide(torch.float32, torch.bfloat16, torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize("name", sorted(SHAPES))

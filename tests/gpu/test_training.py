@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import TrainerCallback
 
-from equipoise.core.files import read_jsonl
+from equipoise.core.files import read_jsonl, write_jsonl
 from equipoise.data.plan import Planner
 from equipoise.models import _flex
 from equipoise.models.attention import NAME, attention_of, register
@@ -96,6 +99,29 @@ def test_fit_learns(base: Path, tmp_path: Path, values: dict[str, Any], monkeypa
     assert log[0] == pytest.approx(math.log(2), abs=1e-5 if not values else 1e-2)
     assert all(math.isfinite(loss) for loss in log)
     assert min(log[4:]) < log[0], log
+
+
+@pytest.mark.parametrize("config", ["alone", "ddp", "fsdp2"])
+def test_accelerate_launches_it(config: str, base: Path, tmp_path: Path) -> None:
+    """The shipped configs with one process, on this device: the losses of a run without a launcher."""
+    import transformers
+
+    write_jsonl(tmp_path / "pairs.jsonl", preference_dicts(64))
+    recipe = tmp_path / "recipe.yaml"
+    wanted = settings(base, tmp_path / "launched", bf16=True, streams=[{"data": {"dataset_name": str(tmp_path / "pairs.jsonl")}}])
+    recipe.write_text(yaml.safe_dump(wanted.model_dump(mode="json", exclude_unset=True)))
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", f"examples/accelerate/{config}.yaml", "--num_processes", "1"]
+    command = [sys.executable, *([] if config == "alone" else launcher), "-m", "equipoise", "train", "--config", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole = fit(settings(base, tmp_path / "whole", bf16=True), train_dataset=preference_dicts(64))
+    losses = [
+        [line["loss"] for line in read_jsonl(folder / "log.jsonl") if "loss" in line] for folder in (tmp_path / "launched", whole.folder)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+    trained = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "launched" / "model")
+    before = transformers.AutoModelForCausalLM.from_pretrained(base)
+    assert any(not torch.equal(one, other) for one, other in zip(trained.parameters(), before.parameters(), strict=True))
 
 
 class Stop(TrainerCallback):

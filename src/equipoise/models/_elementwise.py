@@ -1,12 +1,14 @@
-"""What `layers` computes outside matrix products, as plain functions of tensors: run one operation after the other, or compiled.
+"""What layers and the head compute outside matrix products, as functions of tensors: run one operation after the other, or compiled.
 
-Compiled, each is one kernel that reads its inputs once and writes its outputs once, with shapes left open, so that
-micro-batches of every size share it.
+Compiled, each is a kernel or two that read their inputs once or twice and write their outputs once, with shapes left open,
+so that micro-batches of every size share them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import NamedTuple
 
@@ -14,6 +16,7 @@ import torch
 from torch.nn.functional import silu
 
 from equipoise.core.errors import UsageError
+from equipoise.core.progress import say
 from equipoise.models._compile import with_open_shapes
 
 Tensor = torch.Tensor
@@ -47,16 +50,62 @@ def gate_backward(gradient: Tensor, gates: Tensor, up: Tensor) -> tuple[Tensor, 
     return torch.ops.aten.silu_backward(gradient * up, gates), silu(gates).mul_(gradient)
 
 
+def exponentials(logits: Tensor, target: Tensor, top: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Turns logits [C, V] into e = exp(logits − max) where they are. Returns logit[target] − max, max, and Σe, [C] each.
+
+    Widened before anything is subtracted, so that 16-bit logits are rounded once, when e is put down. top: max, where known.
+    """
+    wide = logits.to(wide_dtype(logits.dtype))
+    top = wide.amax(1) if top is None else top
+    picked = wide.gather(1, target[:, None])[:, 0] - top
+    total = wide.sub_(top[:, None]).exp_().sum(1)
+    if logits.dtype != wide.dtype:
+        logits.copy_(wide)
+    return picked, top, total
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a log-softmax is computed in: float32, or float64 for float64 numbers."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 class Kernels(NamedTuple):
-    """The four functions, in one of their two forms."""
+    """The functions, in one of their two forms."""
 
     norm: Callable[..., tuple[Tensor, Tensor]] = norm
     norm_backward: Callable[..., tuple[Tensor, Tensor | None]] = norm_backward
     gate: Callable[..., Tensor] = gate
     gate_backward: Callable[..., tuple[Tensor, Tensor]] = gate_backward
+    exponentials: Callable[..., tuple[Tensor, Tensor, Tensor]] = exponentials
 
 
 EAGER = Kernels()
+_current: ContextVar[Kernels] = ContextVar("equipoise_kernels", default=EAGER)
+
+
+@contextmanager
+def computing_with(kernels: Kernels) -> Iterator[None]:
+    """Forward passes inside this block, and their backward passes wherever they run, compute with these."""
+    token = _current.set(kernels)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current() -> Kernels:
+    """What this forward pass computes with."""
+    return _current.get()
+
+
+def kernels_for(device: torch.device, wanted: bool | None) -> Kernels:
+    """Compiled ones or not; None: on a GPU, and where they cannot be had it says so. Raises UsageError where True cannot be met."""
+    if wanted is None and device.type == "cuda":
+        try:
+            return compiled(device)
+        except UsageError as error:
+            say(f"norms, gates and softmax run one operation after the other, which is slower: {error.__cause__}")
+    return compiled(device) if wanted else EAGER
 
 
 @cache
@@ -68,6 +117,7 @@ def compiled(device: torch.device) -> Kernels:
         scale = kernels.norm(hidden, weight, 1e-6)[1]
         kernels.norm_backward(hidden, hidden, weight, scale, True)
         kernels.gate_backward(hidden, hidden, kernels.gate(hidden, hidden))
+        kernels.exponentials(hidden.clone(), torch.zeros(3, dtype=torch.long, device=device), None)
     except Exception as error:  # a compiler fails in many ways, and all have the same answer
         needs = "a C++ compiler" if device.type == "cpu" else "Triton"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import torch
 
+from equipoise.models._elementwise import current, wide_dtype
 from equipoise.models.gradients import gradient_of, grows_in_place, replaced_forward
 
 Tensor = torch.Tensor
@@ -45,9 +47,10 @@ class HeadLogps(torch.autograd.Function):
         values = torch.empty(rows, dtype=wide_dtype(hidden.dtype), device=hidden.device)
         tops, sums = torch.empty_like(values), torch.empty_like(values)
         direction = torch.empty_like(hidden) if ctx.kind == "frozen" else None
+        ctx.kernels = current()
         for cut in chunks(hidden, vocabulary):
-            out = None if kept is None else kept[cut]
-            exponentials, picked, tops[cut], sums[cut] = _exponentials(hidden[cut], matrix, bias, target[cut], out)
+            exponentials = _logits(hidden[cut], matrix, bias, None if kept is None else kept[cut])
+            picked, tops[cut], sums[cut] = ctx.kernels.exponentials(exponentials, target[cut], None)
             values[cut] = picked - sums[cut].log()
             if direction is not None:
                 direction[cut] = _direction(exponentials, sums[cut], matrix, target[cut])
@@ -71,9 +74,12 @@ class HeadLogps(torch.autograd.Function):
         if needs_weight:
             to_weight = gradient_of(ctx.grows) if in_place else torch.empty_like(weight, dtype=wide_dtype(weight.dtype))
         to_bias = torch.zeros_like(bias, dtype=wide_dtype(weight.dtype)) if needs_bias else None
-        for number, cut in enumerate(chunks(hidden, len(weight))):
-            again = kept is None
-            exponentials = _exponentials(hidden[cut], matrix, bias, target[cut], None, tops[cut])[0] if again else kept[cut]
+        # What is kept is there as a whole, and so are its products: W's gradient is read and written once.
+        for number, cut in enumerate(chunks(hidden, len(weight)) if kept is None else (slice(None),)):
+            exponentials = kept
+            if exponentials is None:
+                exponentials = _logits(hidden[cut], matrix, bias)
+                ctx.kernels.exponentials(exponentials, target[cut], tops[cut])
             scale = gradient[cut]
             if to_hidden is not None:
                 to_hidden[cut] = _direction(exponentials, sums[cut], matrix, target[cut]).mul_(scale[:, None])
@@ -83,6 +89,8 @@ class HeadLogps(torch.autograd.Function):
                 holds = in_place or number > 0  # else it is empty, and what lies there is not to be read
                 if to_weight.dtype == hidden.dtype:
                     torch.addmm(to_weight, exponentials.t(), rows, beta=float(holds), out=to_weight)
+                elif adds_wide(to_weight.dtype, hidden.dtype, hidden.device):
+                    torch.addmm(to_weight, exponentials.t(), rows, out_dtype=to_weight.dtype, beta=float(holds), out=to_weight)
                 elif holds:
                     to_weight += exponentials.t() @ rows
                 else:
@@ -129,29 +137,29 @@ def replaced_head(head: Any, source: Tensor, read: Callable[[Tensor, Tensor, Ten
         yield
 
 
-def _exponentials(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, out: Tensor | None, top: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(e [C, V] in `out` where given, logit[target] − max [C], max [C], Σe [C]) of one chunk, all but e at least float32.
-
-    16-bit logits are widened before anything is subtracted: e is rounded once, when it is put down for the products.
-    """
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """[C, V] of one chunk, in `out` where given."""
     logits = torch.mm(hidden, weight.t(), out=out) if out is not None else torch.mm(hidden, weight.t())
-    if bias is not None:
-        logits += bias
-    wide = logits.to(wide_dtype(logits.dtype))
-    top = wide.amax(1) if top is None else top
-    picked = wide.gather(1, target[:, None])[:, 0] - top
-    total = wide.sub_(top[:, None]).exp_().sum(1)
-    if wide is not logits:
-        logits.copy_(wide)
-    return logits, picked, top, total
+    return logits if bias is None else logits.add_(bias)
 
 
 def _direction(exponentials: Tensor, sums: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """W[target] − (e W)/z, [C, H]: which way the log-probs grow."""
     mean = torch.mm(exponentials, weight)
     return torch.sub(weight.index_select(0, target), mean.mul_((1 / sums)[:, None].to(mean.dtype)), out=mean)
+
+
+@cache
+def adds_wide(wide: torch.dtype, low: torch.dtype, device: torch.device) -> bool:
+    """Whether a product of 16-bit matrices can be added to a float32 one without being rounded on the way. No CPU does."""
+    if device.type == "cpu":
+        return False
+    total, part = torch.ones(16, 16, dtype=wide, device=device), torch.full((16, 16), 1 / 16, dtype=low, device=device)
+    try:
+        torch.addmm(total, part, part, out_dtype=wide, beta=1.0, out=total)
+    except (RuntimeError, TypeError):  # an older torch, or a device without it
+        return False
+    return bool(torch.all(total == 1 + 1 / 16))
 
 
 def chunks(hidden: Tensor, vocabulary: int) -> Iterator[slice]:
@@ -161,11 +169,6 @@ def chunks(hidden: Tensor, vocabulary: int) -> Iterator[slice]:
     # Equal chunks rather than a small rest, which would be a slow product.
     count = max(1, -(-rows // size))
     return (slice(first, last) for first, last in pairwise(round(rows * number / count) for number in range(count + 1)))
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a log-softmax is computed in: float32, or float64 for float64 numbers."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def forward_dtype(hidden: Tensor) -> torch.dtype:

@@ -21,7 +21,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
-from equipoise.models._elementwise import EAGER, Kernels
+from equipoise.models._elementwise import EAGER, Kernels, computing_with
 from equipoise.models.gradients import replaced_forward
 
 Tensor = torch.Tensor
@@ -33,7 +33,7 @@ _EPSILONS = ("variance_epsilon", "eps")
 def lean_layers(model: Any, kernels: Kernels = EAGER) -> Iterator[None]:
     """Within this block the layers that ours can stand in for are ours. The backward pass belongs into it as well.
 
-    kernels: what they compute with (`_elementwise.compiled`, or one operation after the other).
+    kernels: what they and the head compute with (`_elementwise.compiled`, or one operation after the other).
 
     Under activation checkpointing layers run again in the backward pass, and there is nothing left that could be kept: the
     product in front of `down_proj` is left to it then.
@@ -41,6 +41,7 @@ def lean_layers(model: Any, kernels: Kernels = EAGER) -> Iterator[None]:
     modules = list(model.modules())
     checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in modules)
     with ExitStack() as stack:
+        stack.enter_context(computing_with(kernels))
         for module in modules:
             forward = _stand_in(module, kernels, keep_product=checkpointed)
             if forward is not None:
@@ -107,16 +108,15 @@ def _gated(module: Any, kernels: Kernels, keep_product: bool, hidden: Tensor) ->
     product = GatedProduct.apply(gates, up, kernels)  # type: ignore[no-untyped-call]
     if keep_product:
         return module.down_proj(product)
-    gates, up, storage = gates.detach(), up.detach(), product.untyped_storage()._cdata
+    gates, up, storage, size = gates.detach(), up.detach(), product.untyped_storage()._cdata, product.numel()
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
-        same = saved.untyped_storage()._cdata == storage and saved.is_contiguous() and saved.numel() == product_size
+        same = saved.untyped_storage()._cdata == storage and saved.is_contiguous() and saved.numel() == size
         return saved.shape if same else saved
 
     def unpack(saved: Tensor | torch.Size) -> Tensor:
         return saved if isinstance(saved, Tensor) else kernels.gate(gates, up).view(saved)
 
-    product_size = product.numel()
     with saved_tensors_hooks(pack, unpack):
         return module.down_proj(product)
 

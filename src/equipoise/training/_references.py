@@ -14,6 +14,7 @@ from equipoise.core.errors import NumericsError, UsageError
 from equipoise.data.rows import TokenRow
 from equipoise.models.attention import NAME, attention_of, register
 from equipoise.models.batch import Form
+from equipoise.models.layers import lean_layers
 from equipoise.models.load import load_causal, weights_fingerprint
 from equipoise.models.logps import evaluating, unwrapped
 from equipoise.objectives._base import Objective
@@ -91,7 +92,8 @@ class References:
         settings = self.settings
         if stream.objective.needs.reference == "none" or settings.reference_model is not None or settings.reference_mixture is not None:
             return None
-        with evaluating(policy), torch.no_grad(), forward.attention(unwrapped(policy)):
+        lean = lean_layers(policy, forward.kernels)
+        with evaluating(policy), torch.no_grad(), forward.attention(unwrapped(policy)), lean:
             scored, _ = forward.scored(policy, stream, [0])
         assert scored.policy is not None
         assert scored.reference is not None
@@ -153,7 +155,9 @@ class References:
             tolerance = stored_tolerance(report)
         assert identity is not None
         context = Context(*identity, forward_dtype(self.settings, reference), f"{form}/{device.type}")
-        with off(), nullcontext() if form == "padded" else attention_of(unwrapped(reference), NAME):
+        attention = nullcontext() if form == "padded" else attention_of(unwrapped(reference), NAME)
+        # As the training step computes, so that a run's first log-ratios are as near 0 as can be.
+        with off(), attention, lean_layers(reference, forward.kernels):
             return [self._fill_stream(reference, stream.rows, context, form, forward, tolerance) for stream in self._stored]
 
     def _fill_stream(

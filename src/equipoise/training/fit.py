@@ -24,7 +24,7 @@ from equipoise.core.prints import PromptPrints
 from equipoise.core.progress import bar, say
 from equipoise.core.runs import Run
 from equipoise.data.plan import Planner
-from equipoise.models._elementwise import EAGER, compiled
+from equipoise.models._elementwise import kernels_for
 from equipoise.models.attention import NAME
 from equipoise.models.batch import Form
 from equipoise.models.load import load_tokenizer
@@ -230,7 +230,7 @@ class _Fit:
             share = f"{report['end_supervised']:.0%}"
             say(f"start check: only {share} of the replies end in a learned end-of-sequence token; the model may not learn to stop")
         self.report = report
-        kernels = compiled(device) if self.settings.torch_compile else EAGER
+        kernels = kernels_for(device, self.settings.torch_compile)
         return Forward(form, device, self.tokenizer.pad_token_id or 0, autocast, kernels=kernels)
 
     def _store_root(self) -> Path:

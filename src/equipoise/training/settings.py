@@ -94,9 +94,10 @@ class TrainSettings(Settings):
     trainable: str | None = Field(default=None, description="regular expression: train only weights whose name matches")
     fsdp: bool = Field(default=False, description="cut weights, gradients and optimizer state over the processes (FSDP2)")
     gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
-    torch_compile: bool = Field(
-        default=False,
-        description="one compiled kernel for each norm and gate (needs a C++ compiler, on a GPU Triton); never the whole model",
+    torch_compile: bool | None = Field(
+        default=None,
+        description="norms, gates and the head's softmax as compiled kernels (needs Triton on a GPU, a C++ compiler on a CPU), never "
+        "the whole model. None: on a GPU where it can be had",
     )
     attention: Literal["auto", "packed", "separate", "padded"] = Field(
         default="auto", description="auto: shared prompts where the start check agrees, else falls back; the others force one way"
