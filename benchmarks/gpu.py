@@ -182,9 +182,9 @@ class Bench:
         result["ratios"] = {theirs: _ratio(found["ours"], found[theirs]) for theirs in ("trl_defaults", "trl_tuned")}
         log(f"{name} {kind}: {json.dumps(result['ratios'])}")
         if kind == self.options.data[0]:
-            result["ablations"] = self.ablations(name, ours, budget, model, optimizer)
             if self.allowed(f"{name} profile", 10):
                 result["profile"] = self.profile(sides["ours"])
+            result["ablations"] = self.ablations(name, ours, budget, model, optimizer)
         return result
 
     def search(self, side: str, candidates: Sequence[int], make: Callable[[int], Side], optimizer: Any) -> int | None:
