@@ -25,9 +25,10 @@ from equipoise.data.plan import Planner
 from equipoise.data.rows import Branch, TokenRow
 from equipoise.models._elementwise import kernels_for
 from equipoise.models.attention import NAME, attention_of
-from equipoise.models.batch import Form
+from equipoise.models.batch import Form, pack
 from equipoise.models.gradients import gradients_in_place
-from equipoise.models.layers import lean_layers
+from equipoise.models.layers import lean_layers, watching
+from equipoise.models.logps import policy_logps
 from equipoise.objectives._load import build as build_objective
 from equipoise.reference.build import build as build_store
 from equipoise.reference.key import Context
@@ -132,12 +133,15 @@ class Ours:
         stream = Stream("main", rows, build_objective({"name": "dpo", "beta": BETA}), store=self.store)
         self.planner = Planner((stream.lengths,), batch, budget, shared=form == "packed")
         self.forward = Forward(form, self.device, autocast=autocast, kernels=kernels_for(self.device, None))
+        with torch.no_grad(), attention_of(model, NAME), autocast(), watching(model):  # as the start check does
+            policy_logps(model, pack(rows[:2], form).to(self.device))
         self.runner = StepRunner([stream], self.forward, Meters(), lambda loss: loss.backward(), sync=lambda last: gradients_in_place())
 
-    def reference(self) -> None:
-        """Fill the store with what it lacks."""
-        with attention_of(self.model, NAME), lean_layers(self.model, self.forward.kernels):
-            build_store(self.model, self.rows, self.store, self.form, self.budget, self.device, self.autocast)
+    def reference(self, model: Any = None) -> None:
+        """Fill the store with what it lacks, from the model at hand or another."""
+        model = self.model if model is None else model
+        with attention_of(model, NAME), lean_layers(model, self.forward.kernels):
+            build_store(model, self.rows, self.store, self.form, self.budget, self.device, self.autocast)
 
     def step(self, number: int) -> Tensor:
         """Forward and backward of one optimizer step. Returns its loss."""
@@ -169,14 +173,15 @@ class StandIn:
         self.order = np.random.default_rng(0).permutation(len(rows))
         self.stored = torch.zeros(len(rows), 2, device=self.device)
 
-    def reference(self) -> None:
+    def reference(self, model: Any = None) -> None:
         """Summed reference log-probs of every reply, in data order, as `precompute_ref_log_probs` does."""
+        model = self.model if model is None else model
         if self.reference_model is not None:
             return
         for start in range(0, len(self.rows), self.micro):
             chosen = range(start, min(start + self.micro, len(self.rows)))
             with torch.no_grad(), self.autocast():
-                self.stored[start : start + len(chosen)] = self._logps(self.model, chosen).view(2, -1).T
+                self.stored[start : start + len(chosen)] = self._logps(model, chosen).view(2, -1).T
 
     def step(self, number: int) -> Tensor:
         """Forward and backward of one optimizer step over `batch` pairs. Returns its loss."""

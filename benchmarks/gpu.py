@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --device cpu --tiny          the whole script on a CPU in a minute: that it runs, no figure to quote
 
 Sides, one optimizer step each in turn on the same weights, rows and optimizer:
-  ours          shared prompts, packed rows, FlexAttention, stored reference; token budget found by trial
+  ours          shared prompts, packed rows, one attention kernel for all of them, stored reference; token budget found by trial
   trl_defaults  stand-in for TRL's recipe: 8 pairs a micro-batch, gradient checkpointing, online reference
   trl_tuned     stand-in: pairs a micro-batch found by trial, checkpointing only where nothing fits without, precomputed reference
 The stand-in is described in benchmarks/_gpu_sides.py. What the time budget does not allow is listed under `skipped`.
@@ -33,7 +33,7 @@ from _common import log, versions
 from _gpu_sides import SHAPES, TINY, Autocast, Ours, Side, StandIn, Watch, make_model, make_rows, step_flops
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from equipoise.models import _flex
+from equipoise.models import _varlen
 from equipoise.models._elementwise import EAGER, Kernels, computing_with
 from equipoise.models.attention import NAME, packed_attention, register
 from equipoise.models.batch import Form
@@ -178,7 +178,16 @@ class Bench:
         for side in found.values():  # the copy lies in memory while all sides run, and only an online reference needs it
             if side["setting"].get("reference") != "online" and self.device.type == "cuda":
                 side["peak_gib"] = round(side["peak_gib"] - copy, 2)
-        result: dict[str, Any] = {"shape": name, "data": kind, "pairs_a_step": pairs, "sides": found, "agreement": self.agreement(sides)}
+        # One step's pairs, and for all sides the reference of the weights as they began: by now the model has moved away from them.
+        fresh: dict[str, Side] = {
+            "ours": ours(budget, first, "agreement"),
+            "trl_defaults": standin(min(DEFAULT_MICRO, pairs), True, other, first),
+        }
+        fresh["trl_tuned"] = standin(tuned or self.micros[0], tuned is None, given=first)
+        for side in fresh.values():
+            side.reference(other)
+        agreement = self.agreement(fresh)
+        result: dict[str, Any] = {"shape": name, "data": kind, "pairs_a_step": pairs, "sides": found, "agreement": agreement}
         result["ratios"] = {theirs: _ratio(found["ours"], found[theirs]) for theirs in ("trl_defaults", "trl_tuned")}
         log(f"{name} {kind}: {json.dumps(result['ratios'])}")
         if kind == self.options.data[0]:
@@ -257,30 +266,18 @@ class Bench:
         """Loss and gradient norm of each side over the same pairs: a fast side that computes something else has won nothing."""
         everything: dict[str, Any] = {}
         for name, side in sides.items():
-            # The first `pairs` rows in data order, whatever order a side would take them in.
-            self.in_data_order(side)
             loss = side.step(0)
             parameters = [parameter.grad for parameter in side.model.parameters() if parameter.grad is not None]
             everything[name] = {"loss": float(loss), "gradient_norm": float(torch.nn.utils.get_total_norm(parameters))}
             side.model.zero_grad()
         return everything
 
-    @staticmethod
-    def in_data_order(side: Side) -> None:
-        """Make a side's steps take the rows as they come."""
-        if isinstance(side, StandIn):
-            side.order.sort()
-        else:
-            side.planner = type(side.planner)(
-                side.planner.lengths, side.planner.batch_size, side.planner.token_budget, shuffle=False, shared=side.shared
-            )
-
     def ablations(self, name: str, ours: Callable[..., Ours], budget: int, model: Any, optimizer: Any) -> dict[str, Any]:
         """Seconds a step of ours with one part changed, on the very same steps. `as_it_is` is measured again beside them."""
         deep = name == self.options.shapes[0]  # compiling takes a while; one shape shows what it is worth
         parts: dict[str, tuple[Callable[[], Ours], AbstractContextManager[Any]]] = {
             "as_it_is": (lambda: ours(budget), nullcontext()),
-            "attention_row_by_row": (lambda: ours(budget), _without_flex()),
+            "attention_by_flex": (lambda: ours(budget), _without(_varlen)),
             "prompts_not_shared": (lambda: ours(budget, form="separate"), nullcontext()),
             "what_autograd_keeps_kept": (lambda: ours(budget), _without_lean_layers()),
             "kernels_not_compiled": (lambda: _with_kernels(ours(budget), EAGER), nullcontext()),
@@ -332,13 +329,13 @@ class Bench:
 
 
 @contextmanager
-def _without_flex() -> Iterator[None]:
-    before = _flex.usable
-    _flex.usable = lambda *_: False
+def _without(kernel: Any) -> Iterator[None]:
+    before = kernel.usable
+    kernel.usable = lambda *_: False
     try:
         yield
     finally:
-        _flex.usable = before
+        kernel.usable = before
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def compare(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> 
     searched: list[dict[str, Any]] = []
     workers = {name: Worker(arguments.device) for name in arguments.sides}
     first = rows[: arguments.batch_size]
-    if "tuned" in arguments.sides:
+    if "tuned" in arguments.sides:  # the worker's process ends with the search, and with it what Liger patched
         sides["tuned"], searched = search(workers["tuned"], base, rows[: arguments.search_rows], arguments.micro_batches)
     size = -(-len(rows) // arguments.repeats)
     blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -99,15 +99,20 @@ def search(
     if cuda:  # the first run pays for what is compiled and loaded once
         worker.try_run(job | {"settings": _trl_settings(micro_batches[0], False)})
     candidates = [_trl_settings(micro, checkpointing) for micro in micro_batches for checkpointing in ((False,) if cuda else (False, True))]
-    if cuda and find_spec("liger_kernel"):
+    if cuda and find_spec("liger_kernel"):  # it patches the model's classes for the rest of the process: last
         candidates += [_trl_settings(micro, False) | {"liger": True} for micro in micro_batches]
+    warm = False
     for settings in candidates:
+        if "liger" in settings and not warm:
+            warm = True
+            worker.try_run(job | {"settings": settings})
         result = worker.try_run(job | {"settings": settings})
         tried.append(settings | ({"seconds": round(total(result), 3)} if "error" not in result else {}) | _facts(result))
         common.log(f"search {tried[-1]}")
     done = [item for item in tried if "error" not in item]
     if not done:
         raise SystemExit("none of TRL's settings ran")
+    worker.close()
     best = min(done, key=lambda item: item["seconds"])
     return {name: best[name] for name in ("micro_batch", "gradient_checkpointing", "precompute", "liger") if name in best}, tried
 

@@ -58,7 +58,7 @@ def test_rms_norm(weights: torch.dtype, dtype: torch.dtype) -> None:
 def test_rms_norm_by_hand() -> None:
     """x = (3, 4), weight (1, 2), ε = 0: mean x² = 12.5, y = (0.8485…, 2.2627…); dy₀/dx₀ = (1/√12.5)(1 − 9/25)."""
     hidden, weight = torch.tensor([[3.0, 4.0]], requires_grad=True), torch.tensor([1.0, 2.0], requires_grad=True)
-    output = layers.RMSNorm.apply(hidden, weight, 0.0, EAGER)
+    output = layers.RMSNorm.apply(hidden, weight, 0.0, None, EAGER)
     scale = 12.5**-0.5
     torch.testing.assert_close(output, torch.tensor([[3 * scale, 8 * scale]]))
     output[0, 0].backward()

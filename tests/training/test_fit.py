@@ -65,7 +65,7 @@ def test_torch_compile_reaches_the_step_and_trains_the_same(base: Path, tmp_path
         run = fit(recipe(base, tmp_path / f"{wanted}", max_steps=2, torch_compile=wanted), train_dataset=preference_dicts())
         losses[wanted] = [line["loss"] for line in read_jsonl(run.folder / "log.jsonl") if "loss" in line]
         assert bool(calls) == wanted
-    assert set(calls) == {"norm", "norm_backward", "gate", "gate_backward", "exponentials"}
+    assert set(calls) == {"norm", "norm_backward", "gate", "gate_backward", "rotate", "rotate_backward", "exponentials"}
     assert losses[True] == losses[False]
 
 

@@ -22,12 +22,16 @@ from equipoise.models._compile import with_open_shapes
 Tensor = torch.Tensor
 
 
-def norm(hidden: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """weight · (x / √(mean x² + ε)) [..., H] and 1/√(mean x² + ε) [..., 1], in float32 and rounded to x's dtype before the weight."""
+def norm(hidden: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """weight · (x / √(mean x² + ε)) [..., H] and 1/√(mean x² + ε) [..., 1], in float32 and rounded to x's dtype before the weight.
+
+    dtype: what the result is rounded to; None: what comes of x's and the weight's.
+    """
     wide = hidden.float()
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     normed = (wide * scale).to(hidden.dtype)
-    return normed.mul_(weight) if normed.dtype == weight.dtype else weight * normed, scale
+    output = normed.mul_(weight) if normed.dtype == weight.dtype else weight * normed
+    return output if dtype is None else output.to(dtype), scale
 
 
 def norm_backward(gradient: Tensor, hidden: Tensor, weight: Tensor, scale: Tensor, wants_weight: bool) -> tuple[Tensor, Tensor | None]:
@@ -48,6 +52,20 @@ def gate(gates: Tensor, up: Tensor) -> Tensor:
 def gate_backward(gradient: Tensor, gates: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """∂/∂gate and ∂/∂up, [..., F] each."""
     return torch.ops.aten.silu_backward(gradient * up, gates), silu(gates).mul_(gradient)
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    """x · cos + (−x₂, x₁) · sin over the two halves of the last dimension. [B, S, H, D], twice [B, S, D] → [B, S, H, D]."""
+    half = states.shape[-1] // 2
+    turned = torch.cat((-states[..., half:], states[..., :half]), -1)
+    return (states * cos[:, :, None] + turned * sin[:, :, None]).to(dtype)
+
+
+def rotate_backward(gradient: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    """∂/∂x = ∂ · cos + (s₂, −s₁) with s = ∂ · sin, rounded once."""
+    half, wide = gradient.shape[-1] // 2, gradient.float()
+    back = wide * sin[:, :, None]
+    return (wide * cos[:, :, None] + torch.cat((back[..., half:], -back[..., :half]), -1)).to(dtype)
 
 
 def exponentials(logits: Tensor, target: Tensor, top: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,6 +94,8 @@ class Kernels(NamedTuple):
     norm_backward: Callable[..., tuple[Tensor, Tensor | None]] = norm_backward
     gate: Callable[..., Tensor] = gate
     gate_backward: Callable[..., tuple[Tensor, Tensor]] = gate_backward
+    rotate: Callable[..., Tensor] = rotate
+    rotate_backward: Callable[..., Tensor] = rotate_backward
     exponentials: Callable[..., tuple[Tensor, Tensor, Tensor]] = exponentials
 
 
@@ -104,7 +124,7 @@ def kernels_for(device: torch.device, wanted: bool | None) -> Kernels:
         try:
             return compiled(device)
         except UsageError as error:
-            say(f"norms, gates and softmax run one operation after the other, which is slower: {error.__cause__}")
+            say(f"norms, gates, rotations and softmax run one operation after the other, which is slower: {error.__cause__}")
     return compiled(device) if wanted else EAGER
 
 
@@ -114,9 +134,12 @@ def compiled(device: torch.device) -> Kernels:
     kernels = Kernels(*map(with_open_shapes, EAGER))
     hidden, weight = torch.ones(3, 8, device=device), torch.ones(8, device=device)
     try:
-        scale = kernels.norm(hidden, weight, 1e-6)[1]
+        scale = kernels.norm(hidden, weight, 1e-6, None)[1]
         kernels.norm_backward(hidden, hidden, weight, scale, True)
         kernels.gate_backward(hidden, hidden, kernels.gate(hidden, hidden))
+        kernels.rotate_backward(
+            kernels.rotate(hidden[None, :, None], hidden[None], hidden[None], hidden.dtype), *[hidden[None]] * 2, hidden.dtype
+        )
         kernels.exponentials(hidden.clone(), torch.zeros(3, dtype=torch.long, device=device), None)
     except Exception as error:  # a compiler fails in many ways, and all have the same answer
         needs = "a C++ compiler" if device.type == "cpu" else "Triton"

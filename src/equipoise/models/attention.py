@@ -2,8 +2,9 @@
 
 The mask function hands every layer a `RowMask` (how the sequence is cut, and this layer's window) instead of a dense
 mask; the attention function runs SDPA row by row: the prompt with its first reply causally, every further reply
-against the prompt's keys and its own. On a CUDA device one FlexAttention kernel does the same (`_flex`). Rules are applied
-on *positions*, so windows reach back into the shared prompt.
+against the prompt's keys and its own. On a CUDA device one kernel does the same for all rows: torch's variable-length flash
+kernel in 16 bits (`_varlen`), FlexAttention in float32 (`_flex`). Rules are applied on *positions*, so windows reach back into
+the shared prompt.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from equipoise.core.errors import NumericsError
-from equipoise.models import _flex, _rows
+from equipoise.models import _flex, _rows, _varlen
+from equipoise.models._readers import unwatched
 from equipoise.models.batch import Span
 
 Tensor = torch.Tensor
@@ -42,6 +44,7 @@ class RowMask:
     _biases: dict[Any, Tensor | None] = field(default_factory=dict)
     _calls: dict[torch.dtype, tuple[_rows.Piece, ...]] = field(default_factory=dict)
     _blocks: Any = None
+    _layout: _varlen.Layout | None = None
 
     def bias(self, prompt: int, reply: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Additive mask [reply, prompt + reply] for a reply that attends to its prompt and itself. Kept for all layers."""
@@ -71,6 +74,12 @@ class RowMask:
                     end += reply
             self._calls[dtype] = tuple(made)
         return self._calls[dtype]
+
+    def layout(self, device: torch.device) -> _varlen.Layout:
+        """The rows as segments of the variable-length kernel. Kept for all layers, the backward pass and recomputation."""
+        if self._layout is None:
+            self._layout = _varlen.layout(self.rows, device)
+        return self._layout
 
     def blocks(self, device: torch.device) -> Any:
         """The same rule as FlexAttention's block mask. Kept for all layers, the backward pass and recomputation."""
@@ -120,6 +129,20 @@ def packed_attention(
 
     Raises NumericsError where the layer asks for something this function does not do, so that it is never silently wrong.
     """
+    with unwatched():
+        return _attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs), None
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: RowMask | None,
+    scaling: float | None,
+    dropout: float,
+    **kwargs: Any,
+) -> Tensor:
     if not isinstance(attention_mask, RowMask):
         raise NumericsError(f"{type(module).__name__} did not pass the row mask on; its attention cannot be packed.")
     for name in _UNSUPPORTED:
@@ -135,14 +158,16 @@ def packed_attention(
         raise NumericsError(f"{type(module).__name__} has a window of {window} that its mask does not know of.")
     if key.shape[2] != query.shape[2]:
         raise NumericsError("Packed attention runs without a key-value cache.")
+    if _varlen.usable(query, key, value, dropout):
+        return _varlen.attend(query, key, value, attention_mask.layout(query.device), attention_mask.window, scaling)
     if _flex.usable(query, key, value, dropout):
-        return _flex.attend(query, key, value, attention_mask.blocks(query.device), scaling), None
+        return _flex.attend(query, key, value, attention_mask.blocks(query.device), scaling)
     dtype = query.dtype
     if query.device.type == "cpu" and dtype in LOW and max(row.length for row in attention_mask.rows) <= SHORT_ROW:
         query, key, value = query.float(), key.float(), value.float()
     if _rows.usable(query, key, value, dropout):
         calls = attention_mask.calls(query.dtype)
-        return _rows.RowAttention.apply(query, key, value, calls, scaling).to(dtype), None  # type: ignore[no-untyped-call]
+        return _rows.RowAttention.apply(query, key, value, calls, scaling).to(dtype)  # type: ignore[no-untyped-call]
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -165,7 +190,7 @@ def packed_attention(
             outputs.append(
                 scaled_dot_product_attention(next(queries), joined_k, joined_v, attn_mask=bias, scale=scaling, dropout_p=dropout)
             )
-    return torch.cat(outputs, dim=2).to(dtype).transpose(1, 2).contiguous(), None
+    return torch.cat(outputs, dim=2).to(dtype).transpose(1, 2).contiguous()
 
 
 def _reach(row: Span) -> int:

@@ -22,6 +22,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 from equipoise.models._elementwise import EAGER, Kernels, computing_with
+from equipoise.models._readers import rounded_by_readers, watched
+from equipoise.models._rotary import lean_rotations, noted_rotations
 from equipoise.models.gradients import replaced_forward
 
 Tensor = torch.Tensor
@@ -42,6 +44,7 @@ def lean_layers(model: Any, kernels: Kernels = EAGER) -> Iterator[None]:
     checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in modules)
     with ExitStack() as stack:
         stack.enter_context(computing_with(kernels))
+        stack.enter_context(lean_rotations(model, kernels))
         for module in modules:
             forward = _stand_in(module, kernels, keep_product=checkpointed)
             if forward is not None:
@@ -49,23 +52,31 @@ def lean_layers(model: Any, kernels: Kernels = EAGER) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def watching(model: Any) -> Iterator[None]:
+    """Within this block a forward pass finds out which norms and rotations may give 16 bits under autocast (`_readers`)."""
+    norms = [module for module in model.modules() if _epsilon(module) is not None]
+    with watched(norms) as watch, noted_rotations(model, watch):
+        yield
+
+
 class RMSNorm(torch.autograd.Function):
     """weight · (x / √(mean x² + ε)), the mean over the last dimension."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float, kernels: Kernels) -> Tensor:
-        """hidden [..., H], weight [H] → [..., H]."""
-        output, scale = kernels.norm(hidden, weight, epsilon)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype | None, kernels: Kernels) -> Tensor:
+        """hidden [..., H], weight [H] → [..., H], in `dtype` where given."""
+        output, scale = kernels.norm(hidden, weight, epsilon, dtype)
         ctx.save_for_backward(hidden, weight, scale)
         ctx.kernels = kernels
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         """∂/∂hidden and ∂/∂weight."""
         to_hidden, to_weight = ctx.kernels.norm_backward(gradients[0], *ctx.saved_tensors, ctx.needs_input_grad[1])
-        return to_hidden, to_weight, None, None
+        return to_hidden, to_weight, None, None, None
 
 
 class GatedProduct(torch.autograd.Function):
@@ -100,7 +111,10 @@ def _stand_in(module: torch.nn.Module, kernels: Kernels, keep_product: bool) -> 
 def _norm(module: Any, epsilon: float, kernels: Kernels, hidden: Tensor) -> Tensor:
     if hidden.dtype == torch.float64:  # families compute in float32 whatever they are given; leave that to them
         return type(module).forward(module, hidden)
-    return RMSNorm.apply(hidden, module.weight, epsilon, kernels)  # type: ignore[no-untyped-call]
+    kind = hidden.device.type
+    narrow = torch.is_autocast_enabled(kind) and rounded_by_readers(module)
+    dtype = torch.get_autocast_dtype(kind) if narrow else None
+    return RMSNorm.apply(hidden, module.weight, epsilon, dtype, kernels)  # type: ignore[no-untyped-call]
 
 
 def _gated(module: Any, kernels: Kernels, keep_product: bool, hidden: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from equipoise.models.attention import NAME, attention_of, register
 from equipoise.models.batch import Form, PackedBatch, pack
 from equipoise.models.gradients import gradients_in_place
 from equipoise.models.heads import can_replace
-from equipoise.models.layers import lean_layers
+from equipoise.models.layers import lean_layers, watching
 from equipoise.models.load import base_of, is_adapter, load_config, resolve_model
 from equipoise.models.logps import policy_logps, scores, takes_logits_to_keep, token_logps, unwrapped
 from equipoise.training._model import autocast_for, make_trainable
@@ -112,6 +112,7 @@ class Simulation:
         self.exchanged = exchanged
         register()
         self.mode = FakeTensorMode()
+        self._watched = False
         self.model = _without_weights(settings, readout, config)
         _make_fake(self.model, self.mode, self.device)
 
@@ -148,6 +149,11 @@ class Simulation:
             ledger.ignore([*self.parameters, *self.model.buffers(), *_tensors(batch)])
         attention: AbstractContextManager[Any] = nullcontext() if form == "padded" else attention_of(unwrapped(self.model), NAME)
         gradients: AbstractContextManager[Any] = nullcontext() if self.exchanged else gradients_in_place()
+        if not self._watched and form != "padded" and self.settings.bf16:
+            self._watched = True  # as the start check does before a run
+            with attention_of(unwrapped(self.model), NAME), watching(self.model), self.mode, torch.no_grad():
+                with autocast_for(self.settings, self.device)():
+                    self._values(batch)
         with attention, gradients, lean_layers(self.model), self.mode, ledger, torch.set_grad_enabled(training):
             if form != "padded" and unwrapped(self.model).config._attn_implementation != NAME:
                 raise UsageError(f"{type(unwrapped(self.model)).__name__} does not let its attention be replaced.")

@@ -20,6 +20,7 @@ from equipoise.core.progress import say
 from equipoise.data.rows import TokenRow
 from equipoise.models.attention import NAME, attention_of, register
 from equipoise.models.batch import Form, pack
+from equipoise.models.layers import watching
 from equipoise.models.logps import evaluating, policy_logps, scores, token_logps, unwrapped
 from equipoise.models.quantised import in_low_precision
 
@@ -64,7 +65,7 @@ def choose_form(
         for form in FORMS if wanted == "auto" else (wanted,):
             if form == "packed" and max(len(row.branches) for row in rows) == 1:
                 continue  # nothing to share: separate rows are the same thing
-            difference, problem = _difference(model, probes, native, form, device, autocast, distance)
+            difference, problem = _difference(model, probes, native, form, device, autocast, distance, low)
             report["tried"][form] = {"difference": difference, "problem": problem}
             if problem is None and difference is not None and difference <= tolerance:
                 report["form"] = form
@@ -114,9 +115,11 @@ def _difference(
     device: torch.device,
     autocast: Autocast,
     distance: Callable[[Tensor, Tensor], float],
+    low: bool,
 ) -> tuple[float | None, str | None]:
     try:
-        with torch.no_grad(), autocast(), nullcontext() if form == "padded" else attention_of(unwrapped(model), NAME):
+        attention = nullcontext() if form == "padded" else attention_of(unwrapped(model), NAME)
+        with torch.no_grad(), autocast(), attention, watching(model) if low else nullcontext():
             ours = policy_logps(model, pack(rows, form, _pad(model)).to(device)).float()
     # A family may fail in any way when its attention is replaced; whatever it raises, the answer is the next form.
     except Exception as error:
