@@ -25,8 +25,6 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
     cuda = job["device"] == "cuda"
     if cuda:
-        gc.collect()
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     else:
         torch.set_num_threads(job["threads"])
@@ -36,8 +34,11 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             found = side(job, folder)
     except Exception as error:  # the other sides are still worth having, and a search goes on to its next setting
         traceback.print_exc(file=sys.stderr)
-        return {"error": f"{type(error).__name__}: {str(error).strip()[:300]}"}
+        found = {"error": f"{type(error).__name__}: {str(error).strip()[:300]}"}
     peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else common.peak_rss_mb()
+    if cuda:  # the other sides' processes need the room
+        gc.collect()
+        torch.cuda.empty_cache()
     return found | {common.memory_key(job["device"]): round(peak, 1)}
 
 
@@ -205,6 +206,8 @@ def _sequence(prefix: str, ids: list[int], prompt: int) -> dict[str, list[int]]:
 
 
 if __name__ == "__main__":
+    import transformers  # noqa: F401  (while the other sides are at work)
+
     for line in sys.stdin:
         with redirect_stdout(sys.stderr):
             result = run(json.loads(line))

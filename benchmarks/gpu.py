@@ -75,6 +75,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--budget-seconds", type=float, default=420.0, help="start nothing new after this long")
     parser.add_argument("--pairs", type=int, default=64, help="pairs an optimizer step")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each side")
+    parser.add_argument("--ours-only", action="store_true", help="without the stand-in: profile and ablations sooner")
     parser.add_argument("--shapes", nargs="+", default=None, help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--data", nargs="+", default=["hh", "ultrafeedback"], help="row lengths: hh, ultrafeedback")
     options = parser.parse_args()
@@ -165,30 +166,32 @@ class Bench:
         # Trials run on one step's rows, so that their reference is soon there.
         first = rows[:pairs]
         budget = self.search("ours", self.budgets, lambda budget: ours(budget, first, f"trial-{budget}"), optimizer)
-        tuned = self.search("trl_tuned", self.micros, lambda micro: standin(micro, False, given=first), optimizer)
         if budget is None:
             raise RuntimeError(f"ours: not even {self.budgets[0]} tokens fit in memory")
-        sides: dict[str, Side] = {
-            "ours": ours(budget),
-            "trl_defaults": standin(min(DEFAULT_MICRO, pairs), True, other),
-            "trl_tuned": standin(tuned or self.micros[0], tuned is None),
-        }
+        tuned = None
+        if not self.options.ours_only:
+            tuned = self.search("trl_tuned", self.micros, lambda micro: standin(micro, False, given=first), optimizer)
+
+        def all_sides(given: Sequence[Any], store: str) -> dict[str, Side]:
+            sides: dict[str, Side] = {"ours": ours(budget, given, store)}
+            if not self.options.ours_only:
+                sides["trl_defaults"] = standin(min(DEFAULT_MICRO, pairs), True, other, given)
+                sides["trl_tuned"] = standin(tuned or self.micros[0], tuned is None, given=given)
+            return sides
+
+        sides = all_sides(rows, "main")
         found = self.in_turn(sides, optimizer)
         copy = sum(parameter.numel() * parameter.element_size() for parameter in other.parameters()) / 2**30
         for side in found.values():  # the copy lies in memory while all sides run, and only an online reference needs it
             if side["setting"].get("reference") != "online" and self.device.type == "cuda":
                 side["peak_gib"] = round(side["peak_gib"] - copy, 2)
         # One step's pairs, and for all sides the reference of the weights as they began: by now the model has moved away from them.
-        fresh: dict[str, Side] = {
-            "ours": ours(budget, first, "agreement"),
-            "trl_defaults": standin(min(DEFAULT_MICRO, pairs), True, other, first),
-        }
-        fresh["trl_tuned"] = standin(tuned or self.micros[0], tuned is None, given=first)
+        fresh = all_sides(first, "agreement")
         for side in fresh.values():
             side.reference(other)
         agreement = self.agreement(fresh)
         result: dict[str, Any] = {"shape": name, "data": kind, "pairs_a_step": pairs, "sides": found, "agreement": agreement}
-        result["ratios"] = {theirs: _ratio(found["ours"], found[theirs]) for theirs in ("trl_defaults", "trl_tuned")}
+        result["ratios"] = {theirs: _ratio(found["ours"], found[theirs]) for theirs in found if theirs != "ours"}
         log(f"{name} {kind}: {json.dumps(result['ratios'])}")
         if kind == self.options.data[0]:
             if self.allowed(f"{name} profile", 10):

@@ -47,7 +47,7 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> None:
     """Search TRL's settings, run the blocks, print."""
-    memory = common.memory_key(arguments.device)
+    memory, started = common.memory_key(arguments.device), time.monotonic()
     base = {
         "device": arguments.device,
         "model": arguments.model,
@@ -62,22 +62,30 @@ def compare(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> 
     ours = {"token_budget": arguments.token_budget} if arguments.token_budget else {}
     sides: dict[str, dict[str, Any]] = {"ours": ours, "tuned": {}, "default": default}
     searched: list[dict[str, Any]] = []
+    cuda = arguments.device == "cuda"
     workers = {name: Worker(arguments.device) for name in arguments.sides}
-    first = rows[: arguments.batch_size]
-    if "tuned" in arguments.sides:  # the worker's process ends with the search, and with it what Liger patched
-        sides["tuned"], searched = search(workers["tuned"], base, rows[: arguments.search_rows], arguments.micro_batches)
+    if cuda:
+        for name in ("ours", "default"):
+            if name in workers:
+                workers[name].run(base | {"side": name, "settings": sides[name], "rows": rows[: arguments.batch_size]})
+                common.log(f"{name} is warm")
+    if "tuned" in arguments.sides:
+        # Liger patches the model's classes for the whole process, so it has one of its own.
+        liger = Worker(arguments.device) if cuda and find_spec("liger_kernel") else None
+        chosen, searched = search(workers["tuned"], liger, base, rows[: arguments.search_rows], arguments.micro_batches)
+        sides["tuned"] = chosen
+        if liger is not None:
+            unused = workers["tuned"] if "liger" in chosen else liger
+            workers["tuned"] = liger if "liger" in chosen else workers["tuned"]
+            unused.close()
     size = -(-len(rows) // arguments.repeats)
     blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
     limits = {name: limit for name, limit in (("default", arguments.default_blocks), ("tuned", arguments.tuned_blocks)) if limit}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.sides}
-    if arguments.device == "cuda":
-        for name, worker in workers.items():
-            worker.run(base | {"side": name, "settings": sides[name], "rows": first})
-            common.log(f"{name} is warm")
     for number, block in enumerate(blocks):
         turn = number % len(arguments.sides)
         for name in arguments.sides[turn:] + arguments.sides[:turn]:
-            if number >= limits.get(name, len(blocks)):
+            if number >= limits.get(name, len(blocks)) or (number and time.monotonic() - started > arguments.budget_seconds):
                 continue
             runs[name].append(workers[name].run(base | {"side": name, "settings": sides[name], "rows": block}))
             common.log(f"block {number + 1} of {len(blocks)}, {name}: {total(runs[name][-1]):.1f} s, {runs[name][-1][memory]:.0f} MiB")
@@ -90,31 +98,34 @@ def compare(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> 
 
 
 def search(
-    worker: Worker, base: dict[str, Any], rows: list[dict[str, list[int]]], micro_batches: Sequence[int]
+    plain: Worker, liger: Worker | None, base: dict[str, Any], rows: list[dict[str, list[int]]], micro_batches: Sequence[int]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The fastest TRL settings on a few rows, and what each of them took or why it failed."""
     cuda = base["device"] == "cuda"
     tried = []
     job = base | {"side": "tuned", "rows": rows, "batch_size": len(rows)}
     if cuda:  # the first run pays for what is compiled and loaded once
-        worker.try_run(job | {"settings": _trl_settings(micro_batches[0], False)})
-    candidates = [_trl_settings(micro, checkpointing) for micro in micro_batches for checkpointing in ((False,) if cuda else (False, True))]
-    if cuda and find_spec("liger_kernel"):  # it patches the model's classes for the rest of the process: last
-        candidates += [_trl_settings(micro, False) | {"liger": True} for micro in micro_batches]
-    warm = False
-    for settings in candidates:
-        if "liger" in settings and not warm:
-            warm = True
-            worker.try_run(job | {"settings": settings})
+        plain.try_run(job | {"settings": _trl_settings(micro_batches[0], False)})
+
+    def attempt(worker: Worker, settings: dict[str, Any]) -> None:
         result = worker.try_run(job | {"settings": settings})
         tried.append(settings | ({"seconds": round(total(result), 3)} if "error" not in result else {}) | _facts(result))
         common.log(f"search {tried[-1]}")
-    done = [item for item in tried if "error" not in item]
-    if not done:
-        raise SystemExit("none of TRL's settings ran")
-    worker.close()
-    best = min(done, key=lambda item: item["seconds"])
-    return {name: best[name] for name in ("micro_batch", "gradient_checkpointing", "precompute", "liger") if name in best}, tried
+
+    def best() -> dict[str, Any]:
+        done = [item for item in tried if "error" not in item]
+        if not done:
+            raise SystemExit("none of TRL's settings ran")
+        return min(done, key=lambda item: item["seconds"])
+
+    for micro in micro_batches:
+        for checkpointing in (False,) if cuda else (False, True):
+            attempt(plain, _trl_settings(micro, checkpointing))
+    if liger is not None:
+        settings = _trl_settings(best()["micro_batch"], False) | {"liger": True}
+        liger.try_run(job | {"settings": settings})
+        attempt(liger, settings)
+    return {name: best()[name] for name in ("micro_batch", "gradient_checkpointing", "precompute", "liger") if name in best()}, tried
 
 
 def _trl_settings(micro_batch: int, checkpointing: bool) -> dict[str, Any]:
@@ -130,6 +141,8 @@ class Worker:
 
     def __init__(self, device: str) -> None:
         self.lasting, self._process = device == "cuda", None
+        if self.lasting:
+            self._start()
 
     def run(self, job: dict[str, Any]) -> dict[str, Any]:
         """Do a job; end everything where it fails."""
@@ -141,10 +154,7 @@ class Worker:
     def try_run(self, job: dict[str, Any]) -> dict[str, Any]:
         """The same with an `error` where it fails. What the process says goes to stderr where it failed."""
         if self._process is None:
-            self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (lives as long as the process)
-            self._process = subprocess.Popen(
-                [sys.executable, str(CHILD)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True
-            )
+            self._start()
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
@@ -155,6 +165,12 @@ class Worker:
         if not self.lasting or not line:
             self.close()
         return result
+
+    def _start(self) -> None:
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (lives as long as the process)
+        self._process = subprocess.Popen(
+            [sys.executable, str(CHILD)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True
+        )
 
     def close(self) -> None:
         """End the process."""
@@ -313,6 +329,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--micro-batches", type=int, nargs="+", default=None, help="the ones tried for TRL; default: 1 2 4, on a GPU 4 8 16"
     )
+    parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="start no further block after this long")
     parser.add_argument("--default-blocks", type=int, default=None, help="run the slow default side on the first blocks only")
     parser.add_argument("--tuned-blocks", type=int, default=None, help="the same for the tuned side")
     parser.add_argument("--sides", nargs="+", default=["ours", "tuned", "default"], choices=["ours", "tuned", "default"])

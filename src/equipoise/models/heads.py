@@ -18,6 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from equipoise.models._elementwise import current, wide_dtype
 from equipoise.models.gradients import gradient_of, grows_in_place, replaced_forward
@@ -89,7 +90,7 @@ class HeadLogps(torch.autograd.Function):
                 holds = in_place or number > 0  # else it is empty, and what lies there is not to be read
                 if to_weight.dtype == hidden.dtype:
                     torch.addmm(to_weight, exponentials.t(), rows, beta=float(holds), out=to_weight)
-                elif adds_wide(to_weight.dtype, hidden.dtype, hidden.device):
+                elif not isinstance(hidden, FakeTensor) and adds_wide(to_weight.dtype, hidden.dtype, hidden.device):
                     torch.addmm(to_weight, exponentials.t(), rows, out_dtype=to_weight.dtype, beta=float(holds), out=to_weight)
                 elif holds:
                     to_weight += exponentials.t() @ rows
