@@ -217,6 +217,8 @@ def random_model_and_rows(arguments: argparse.Namespace, folder: str) -> list[di
 
     shape = (SHAPES | TINY)[arguments.shape]
     make_model(shape, torch.device(arguments.device)).save_pretrained(folder)
+    if arguments.device == "cuda":
+        torch.cuda.empty_cache()  # this process only waits for the others from now on
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     words = Tokenizer(WordLevel({word: number for number, word in enumerate(special.values())}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
