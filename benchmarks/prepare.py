@@ -7,7 +7,7 @@ process of its own. TRL's side is its own code: a trainer is built on a tiny ran
 `datasets.load_dataset("json")` and the trainer's `_prepare_dataset`. Ours is `prepare`: rows, accounting and prints on disk.
 Rows are real HH-RLHF ones where EQUIPOISE_DATA (or ../shared/data) has them, varied beyond their number, else made up.
 Seconds are wall-clock; CPU seconds count all threads. Memory is the process's peak resident set in the timed part, and
-beyond what it held just before (imports, tokenizer, trainer). One JSON object on stdout, logs on stderr.
+beyond what it held just before (imports, tokenizer, trainer), that of further processes not counted. One JSON object on stdout, logs on stderr.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-SIDES = ("equipoise", "equipoise, one thread", "trl")
+SIDES = ("equipoise", "equipoise, one thread", "equipoise, two processes", "trl", "trl, two processes")
 MAX_LENGTH = 1024
 Side = tuple[Callable[[], Any], Callable[[Any], dict[str, int]]]
 """What is timed, and then how many rows and tokens it made."""
@@ -57,7 +57,7 @@ def compare(sizes: list[int], trl_rows: int, repeats: int, tokenizer: str) -> di
         for rows in sizes:
             path = Path(scratch) / f"pairs-{rows}.jsonl"
             real = write_rows(path, rows)
-            runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES if side != "trl" or rows <= trl_rows}
+            runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES if not side.startswith("trl") or rows <= trl_rows}
             for _ in range(repeats):
                 for side, done in runs.items():
                     done.append(run_side(side, path, tokenizer))
@@ -78,8 +78,8 @@ def compare(sizes: list[int], trl_rows: int, repeats: int, tokenizer: str) -> di
 
 def run_side(side: str, path: Path, tokenizer: str) -> dict[str, Any]:
     """One side in a fresh process."""
-    # A process that has used the tokenizer's threads may not fork; ours does not fork, TRL's default neither.
-    threads = "false" if side.endswith("one thread") else "true"
+    # A process that has used the tokenizer's threads may not fork: ours does not, TRL's does where it is asked for several.
+    threads = "false" if side.endswith(("one thread", "two processes")) else "true"
     command = [sys.executable, __file__, "--worker", side, str(path), "--tokenizer", tokenizer]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ | {"TOKENIZERS_PARALLELISM": threads})
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -124,11 +124,15 @@ def ratios(measured: list[dict[str, Any]]) -> dict[str, Any]:
     if not theirs:
         return {"throughput": None, "memory": None}
     trl = theirs[-1]
-    ours, single = (next(item for item in measured if item["side"] == side and item["rows"] == trl["rows"]) for side in SIDES[:2])
+    ours, single, double, _, their_double = (
+        next(item for item in measured if item["side"] == side and item["rows"] == trl["rows"]) for side in SIDES
+    )
     return {
         "rows": trl["rows"],
         "throughput": round(ours["rows_per_second"] / trl["rows_per_second"], 2),
         "throughput_one_thread": round(single["rows_per_second"] / trl["rows_per_second"], 2),
+        "throughput_two_processes": round(double["rows_per_second"] / trl["rows_per_second"], 2),
+        "throughput_two_processes_each": round(double["rows_per_second"] / their_double["rows_per_second"], 2),
         "throughput_per_cpu_second_one_thread": round(single["rows_per_cpu_second"] / trl["rows_per_cpu_second"], 2),
         "memory": round(ours["peak_mb"] / trl["peak_mb"], 3),
         "memory_over_base": round(ours["peak_over_base_mb"] / max(trl["peak_over_base_mb"], 0.1), 3),
@@ -141,21 +145,30 @@ def work(side: str, path: Path, name: str) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         os.environ["HF_DATASETS_CACHE"] = f"{scratch}/datasets"  # read on import: nothing may come from an earlier run
-        run, count = (trl_side if side == "trl" else our_side)(path, load_tokenizer(name), Path(scratch))
+        processes = 2 if side.endswith("two processes") else 1
+        run, count = (trl_side if side.startswith("trl") else our_side)(path, load_tokenizer(name), Path(scratch), processes)
         base = peak_mb(reset=True)
-        wall, cpu = time.perf_counter(), time.process_time()
+        wall, cpu = time.perf_counter(), cpu_seconds()
         made = run()
-        taken = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu, "peak_mb": peak_mb()}
+        taken = {"seconds": time.perf_counter() - wall, "cpu_seconds": cpu_seconds() - cpu, "peak_mb": peak_mb()}
         return {**taken, "peak_over_base_mb": taken["peak_mb"] - base, **count(made)}
 
 
-def our_side(path: Path, tokenizer: Any, scratch: Path) -> Side:
+def cpu_seconds() -> float:
+    """Of this process and those it started that have ended."""
+    import resource
+
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + ended.ru_utime + ended.ru_stime
+
+
+def our_side(path: Path, tokenizer: Any, scratch: Path, processes: int) -> Side:
     """`prepare` of the file, all imports done."""
     from equipoise.data.prepare import prepare
     from equipoise.data.settings import DataSettings, PrepareSettings, TokeniseSettings
 
     data, limits = DataSettings(dataset_name=str(path)), TokeniseSettings(max_length=MAX_LENGTH)
-    settings = PrepareSettings(data=data, tokenise=limits, output_dir=str(scratch / "rows"))
+    settings = PrepareSettings(data=data, tokenise=limits, dataset_num_proc=processes, output_dir=str(scratch / "rows"))
 
     def run() -> Any:
         return prepare(settings, tokenizer).results
@@ -166,7 +179,7 @@ def our_side(path: Path, tokenizer: Any, scratch: Path) -> Side:
     return run, count
 
 
-def trl_side(path: Path, tokenizer: Any, scratch: Path) -> Side:
+def trl_side(path: Path, tokenizer: Any, scratch: Path, processes: int) -> Side:
     """A DPOTrainer's own preparation of the file; the trainer is built on one pair before."""
     import datasets
     import transformers
@@ -175,7 +188,8 @@ def trl_side(path: Path, tokenizer: Any, scratch: Path) -> Side:
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
     # From a folder, not from memory: TRL loads the reference once more by its name.
     transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(tokenizer), **size)).save_pretrained(scratch / "tiny")
-    settings = trl.DPOConfig(output_dir=str(scratch / "trl"), max_length=MAX_LENGTH, report_to="none", use_cpu=True)
+    several = {"dataset_num_proc": processes} if processes > 1 else {}
+    settings = trl.DPOConfig(output_dir=str(scratch / "trl"), max_length=MAX_LENGTH, report_to="none", use_cpu=True, **several)
     one = {"prompt": [turn("user", "a")], "chosen": [turn("assistant", "b")], "rejected": [turn("assistant", "c")]}
     trainer = trl.DPOTrainer(
         str(scratch / "tiny"), args=settings, train_dataset=datasets.Dataset.from_list([one]), processing_class=tokenizer

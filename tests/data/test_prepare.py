@@ -130,6 +130,41 @@ def test_finished_shards_are_not_made_again(source: Path, tmp_path: Path, word_t
     assert calls == ["pairs:1", "pairs:102", "pairs:202", "pairs:202"]
 
 
+def test_several_processes_give_the_same_bytes(source: Path, tmp_path: Path, word_tokenizer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More shards than are under way at once; some done before, by one process."""
+    monkeypatch.setattr(prepare_module, "SHARD", 40)
+    prepare(asked(source, tmp_path / "one", max_length=12), word_tokenizer())
+    whole = prepare_module.tokenise_units
+    calls: list[int] = []
+
+    def stopping(made: Any, *rest: Any) -> Any:
+        calls.append(len(made))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(made, *rest)
+
+    wanted = asked(source, tmp_path / "two", max_length=12)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "tokenise_units", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(wanted, word_tokenizer())
+    several = prepare(wanted.model_copy(update={"dataset_num_proc": 2}), word_tokenizer())
+    assert bytes_of(tmp_path / "two") == bytes_of(tmp_path / "one")
+    assert prepare(wanted, word_tokenizer()).results == several.results
+
+
+def test_an_error_in_a_process_is_said_as_in_one(source: Path, tmp_path: Path, word_tokenizer: Make) -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = tokenizer.bos_token = None
+    said = []
+    for processes in (1, 2):
+        wanted = asked(source, tmp_path / str(processes), learn="all").model_copy(update={"dataset_num_proc": processes})
+        with pytest.raises(DataError) as caught:
+            prepare(wanted, tokenizer)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+
+
 WORKER = """
 import sys, time
 from transformers import AutoTokenizer

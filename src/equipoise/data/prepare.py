@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,7 @@ from equipoise.data.accounting import Accounting
 from equipoise.data.load import source_fingerprint, stream
 from equipoise.data.mixture import prints_of
 from equipoise.data.rows import TokenRows
-from equipoise.data.settings import PrepareSettings
+from equipoise.data.settings import PrepareSettings, TokeniseSettings
 from equipoise.data.tokenise import BATCH, batches, tokenise_units
 from equipoise.data.units import units
 
@@ -42,11 +46,13 @@ def prepare(settings: PrepareSettings, tokenizer: Any, dataset: Any = None, over
     Raises DataError where no row is left, and what `load`, `units` and `run_stage` raise.
     """
     inputs = source_fingerprint(settings.data, dataset) | {"tokenizer": tokenizer_fingerprint(tokenizer)}
+    # How many processes do it is no part of what is asked for: another number may go on with the same folder.
+    wanted = {name: value for name, value in settings.resolved().items() if name != "dataset_num_proc"}
 
     def work(folder: Path) -> Mapping[str, Any]:
         return _work(folder, settings, tokenizer, dataset)
 
-    return run_stage(settings.output_dir, "prepare", settings.resolved(), inputs, work, overwrite)
+    return run_stage(settings.output_dir, "prepare", wanted, inputs, work, overwrite)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -62,17 +68,22 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def _work(folder: Path, settings: PrepareSettings, tokenizer: Any, dataset: Any) -> dict[str, Any]:
     streamed = stream(settings.data, dataset)
     accounting, counted = Accounting(), Accounting()
-    encoder = Encoder(tokenizer, settings.tokenise)
     shards: list[Path] = []
     folder_of_shards = folder / "shards"
     made = units(streamed.records, settings.roles, settings.facts, accounting, spool=folder_of_shards / "units.jsonl")
     with bar("tokenising", None) as progress:
-        for number, some in enumerate(batches(made, SHARD)):
-            shard = folder_of_shards / f"{number:06d}"
-            counted.add(_shard(shard, some, encoder))
+        asked = ((folder_of_shards / f"{number:06d}", some) for number, some in enumerate(batches(made, SHARD)))
+        done: Iterator[tuple[Path, int, Accounting]]
+        if settings.dataset_num_proc == 1:
+            encoder = Encoder(tokenizer, settings.tokenise)
+            done = ((shard, len(some), _shard(shard, some, encoder)) for shard, some in asked)
+        else:
+            done = _by_processes(asked, tokenizer, settings)
+        for shard, size, found in done:
+            counted.add(found)
             if (shard / "rows.json").is_file():
                 shards.append(shard)
-            progress.advance(len(some))
+            progress.advance(size)
     accounting.add(counted)
     if not accounting.kept:
         raise DataError(f"No row is left after tokenising: {accounting.in_words()}.")
@@ -83,17 +94,63 @@ def _work(folder: Path, settings: PrepareSettings, tokenizer: Any, dataset: Any)
     return {"rows": joined.rows, "tokens": joined.tokens, "fingerprint": joined.fingerprint, "rows_in": streamed.accounting.rows_in}
 
 
-def _shard(shard: Path, made: list[Record], encoder: Encoder) -> Accounting:
-    """Tokenise one shard, unless it is there already. Its accounting is written last: without it the shard does not count."""
+def _by_processes(
+    asked: Iterable[tuple[Path, list[Record]]], tokenizer: Any, settings: PrepareSettings
+) -> Iterator[tuple[Path, int, Accounting]]:
+    """Shards in their order, tokenised by several processes; this one reads. No more are under way than keep them busy."""
+    Encoder(tokenizer, settings.tokenise)  # what a tokenizer cannot do is said here, not lost in another process
+    processes = settings.dataset_num_proc
+    # Started afresh: a process that has used the tokenizer's threads may not be forked.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, _begin, (tokenizer, settings.tokenise)) as pool:
+        under_way: deque[tuple[Path, int, Any]] = deque()
+        for shard, some in asked:
+            finished = _finished(shard)
+            under_way.append((shard, len(some), pool.submit(_in_a_process, shard, some) if finished is None else finished))
+            if len(under_way) > 2 * processes:
+                yield _result(*under_way.popleft())
+        while under_way:
+            yield _result(*under_way.popleft())
+
+
+def _result(shard: Path, size: int, found: Any) -> tuple[Path, int, Accounting]:
+    return shard, size, found if isinstance(found, Accounting) else found.result()
+
+
+_encoder: Encoder | None = None
+
+
+def _begin(tokenizer: Any, settings: TokeniseSettings) -> None:
+    """A process's own encoder, which leaves the other cores to the other processes."""
+    global _encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _encoder = Encoder(tokenizer, settings)
+
+
+def _in_a_process(shard: Path, made: list[Record]) -> Accounting:
+    assert _encoder is not None
+    return _shard(shard, made, _encoder)
+
+
+def _finished(shard: Path) -> Accounting | None:
+    """What became of a shard that is there already."""
     mark = shard / "accounting.json"
     # A version before rows format 2 left no prints; its shards are made again.
     if mark.is_file() and (shard / PRINTS).is_file() >= (shard / "rows.json").is_file():
         return Accounting.from_json(read_json(mark))
+    return None
+
+
+def _shard(shard: Path, made: list[Record], encoder: Encoder) -> Accounting:
+    """Tokenise one shard, unless it is there already. Its accounting is written last: without it the shard does not count."""
+    finished = _finished(shard)
+    if finished is not None:
+        return finished
     accounting = Accounting()
     rows = [row for some in batches(made, BATCH) for row in tokenise_units(some, encoder, accounting)]
     if rows:  # an empty shard has nothing to say but its accounting
         kept = {row.id for row in rows}
         prints_of(unit for unit in made if unit.id in kept).save(shard / PRINTS)  # only prompts of rows are trained on
         TokenRows.of(rows).save(shard)
-    write_json(mark, accounting.as_json())
+    write_json(shard / "accounting.json", accounting.as_json())
     return accounting

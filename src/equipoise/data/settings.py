@@ -85,4 +85,5 @@ class PrepareSettings(Settings):
     model_name_or_path: str = Field(default="smollm2-135m-instruct", description="whose tokenizer: asset name, local folder, or hub name")
     roles: tuple[str, ...] = Field(default=("chosen", "rejected"), min_length=1, description="reply roles of each row, as the method needs")
     facts: tuple[str, ...] = Field(default=(), description="facts every reply must have, such as safe; other rows are dropped, counted")
+    dataset_num_proc: int = Field(default=1, ge=1, description="processes that tokenise; the rows are the same for any number")
     output_dir: str = Field(default="runs/prepare", description="stage folder")
