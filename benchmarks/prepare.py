@@ -6,8 +6,9 @@ Both sides start from the same file of JSON lines (TRL's conversational columns)
 process of its own. TRL's side is its own code: a trainer is built on a tiny random model, and the time is that of
 `datasets.load_dataset("json")` and the trainer's `_prepare_dataset`. Ours is `prepare`: rows, accounting and prints on disk.
 Rows are real HH-RLHF ones where EQUIPOISE_DATA (or ../shared/data) has them, varied beyond their number, else made up.
-Seconds are wall-clock; CPU seconds count all threads. Memory is the process's peak resident set in the timed part, and
-beyond what it held just before (imports, tokenizer, trainer), that of further processes not counted. One JSON object on stdout, logs on stderr.
+Seconds are wall-clock; CPU seconds count all threads and processes. Memory is the process's peak resident set in the timed
+part, and beyond what it held just before (imports, tokenizer, trainer); further processes are not counted. One JSON object on
+stdout, logs on stderr.
 """
 
 from __future__ import annotations
