@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[2000, 10000, 50000], help="sizes, in rows")
     parser.add_argument("--trl-rows", type=int, default=10000, help="the largest size TRL is asked for")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each size and side; medians are reported")
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--tokenizer", default="smollm2-135m-instruct", help="asset name, local folder, or hub name")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of an indented object")
     parser.add_argument("--worker", nargs=2, metavar=("SIDE", "FILE"), help=argparse.SUPPRESS)
@@ -45,11 +46,11 @@ def main() -> None:
     if given.worker:
         print(json.dumps(work(given.worker[0], Path(given.worker[1]), given.tokenizer)))
         return
-    result = compare(sorted(given.rows), given.trl_rows, given.repeats, given.tokenizer)
+    result = compare(sorted(given.rows), given.trl_rows, given.repeats, given.tokenizer, given.sides)
     print(json.dumps(result, indent=None if given.json else 2))
 
 
-def compare(sizes: list[int], trl_rows: int, repeats: int, tokenizer: str) -> dict[str, Any]:
+def compare(sizes: list[int], trl_rows: int, repeats: int, tokenizer: str, sides: list[str]) -> dict[str, Any]:
     """Everything measured, and the ratios at the largest size both sides did."""
     from equipoise.core.runs import environment
 
@@ -58,7 +59,7 @@ def compare(sizes: list[int], trl_rows: int, repeats: int, tokenizer: str) -> di
         for rows in sizes:
             path = Path(scratch) / f"pairs-{rows}.jsonl"
             real = write_rows(path, rows)
-            runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES if not side.startswith("trl") or rows <= trl_rows}
+            runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides if not side.startswith("trl") or rows <= trl_rows}
             for _ in range(repeats):
                 for side, done in runs.items():
                     done.append(run_side(side, path, tokenizer))
@@ -72,7 +73,7 @@ def compare(sizes: list[int], trl_rows: int, repeats: int, tokenizer: str) -> di
         "environment": environment() | {"trl": version("trl"), "tokenizers": version("tokenizers"), "load_average": os.getloadavg()[0]},
         "max_length": MAX_LENGTH,
         "measured": measured,
-        "scaling": {side: scaling([item for item in measured if item["side"] == side]) for side in SIDES},
+        "scaling": {side: scaling([item for item in measured if item["side"] == side]) for side in sides},
         "ratios": ratios(measured),
     }
 
@@ -121,23 +122,23 @@ def scaling(measured: list[dict[str, Any]]) -> dict[str, float] | None:
 
 def ratios(measured: list[dict[str, Any]]) -> dict[str, Any]:
     """Ours against TRL's at the largest size TRL did: throughput above 1 and memory below 1 are in our favour."""
-    theirs = [item for item in measured if item["side"] == "trl"]
-    if not theirs:
-        return {"throughput": None, "memory": None}
-    trl = theirs[-1]
-    ours, single, double, _, their_double = (
-        next(item for item in measured if item["side"] == side and item["rows"] == trl["rows"]) for side in SIDES
-    )
-    return {
-        "rows": trl["rows"],
-        "throughput": round(ours["rows_per_second"] / trl["rows_per_second"], 2),
-        "throughput_one_thread": round(single["rows_per_second"] / trl["rows_per_second"], 2),
-        "throughput_two_processes": round(double["rows_per_second"] / trl["rows_per_second"], 2),
-        "throughput_two_processes_each": round(double["rows_per_second"] / their_double["rows_per_second"], 2),
-        "throughput_per_cpu_second_one_thread": round(single["rows_per_cpu_second"] / trl["rows_per_cpu_second"], 2),
-        "memory": round(ours["peak_mb"] / trl["peak_mb"], 3),
-        "memory_over_base": round(ours["peak_over_base_mb"] / max(trl["peak_over_base_mb"], 0.1), 3),
-    }
+    trl = [item for item in measured if item["side"] == "trl"]
+    if not trl:
+        return {}
+    rows = trl[-1]["rows"]
+    sides = {item["side"]: item for item in measured if item["rows"] == rows}
+    found: dict[str, Any] = {"rows": rows}
+    pairs = [(side, "trl") for side in sides if not side.startswith("trl")] + [("equipoise, two processes", "trl, two processes")]
+    for ours, theirs in pairs:
+        if ours in sides and theirs in sides:
+            one, other = sides[ours], sides[theirs]
+            found[f"{ours} over {theirs}"] = {
+                "throughput": round(one["rows_per_second"] / other["rows_per_second"], 2),
+                "throughput_per_cpu_second": round(one["rows_per_cpu_second"] / other["rows_per_cpu_second"], 2),
+                "memory": round(one["peak_mb"] / other["peak_mb"], 3),
+                "memory_over_base": round(one["peak_over_base_mb"] / max(other["peak_over_base_mb"], 0.1), 3),
+            }
+    return found
 
 
 def work(side: str, path: Path, name: str) -> dict[str, Any]:
