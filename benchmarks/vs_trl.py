@@ -4,8 +4,8 @@
     python benchmarks/vs_trl.py --shape llama-3.2-1b --rows 1024 --repeats 2 --batch-size 64 --dtype bfloat16   one GPU, no network
 
 Sides: `ours` (equipoise's `fit` with its defaults), `default` (TRL as it comes: 8 pairs a micro-batch, gradient checkpointing,
-the reference in every step) and `tuned` (the fastest of several micro-batches with and without gradient checkpointing, reference
-precomputed, found on the first rows; on a GPU also with Liger's kernels, where they are installed). Rows are cut into `--repeats`
+the reference in every step) and `tuned` (the fastest of several micro-batches, reference precomputed, found on the first rows; on
+a CPU with and without gradient checkpointing, on a GPU without unless nothing fits, and with Liger's kernels where they are installed). Rows are cut into `--repeats`
 blocks; every side runs a block before the next block begins, so what slows the machine slows all of them: on a CPU each time in
 a new process, whose peak memory is its own; on a GPU in one process a side, which first runs a step to compile and warm up.
 Seconds are those of the reference pass and of training; loading, tokenising and TRL's own data preparation are left out
@@ -118,13 +118,17 @@ def search(
             raise SystemExit("none of TRL's settings ran")
         return min(done, key=lambda item: item["seconds"])
 
-    for micro in micro_batches:
+    # A micro-batch larger than the step would be another recipe.
+    sizes = [micro for micro in micro_batches if micro <= len(rows)]
+    for micro in sizes:
         for checkpointing in (False,) if cuda else (False, True):
             attempt(plain, _trl_settings(micro, checkpointing))
-    if liger is not None:
-        settings = _trl_settings(best()["micro_batch"], False) | {"liger": True}
-        liger.try_run(job | {"settings": settings})
-        attempt(liger, settings)
+    if all("error" in item for item in tried):
+        attempt(plain, _trl_settings(sizes[0], True))
+    if liger is not None:  # it takes less memory, so also sizes that did not fit without
+        liger.try_run(job | {"settings": _trl_settings(sizes[0], False) | {"liger": True}})
+        for micro in [size for size in sizes if size >= best()["micro_batch"]]:
+            attempt(liger, _trl_settings(micro, False) | {"liger": True})
     return {name: best()[name] for name in ("micro_batch", "gradient_checkpointing", "precompute", "liger") if name in best()}, tried
 
 
@@ -327,7 +331,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=None, help="default: 1e-6, with LoRA 2e-5")
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--token-budget", type=int, default=None, help="of our micro-batches; default: the setting's own")
-    parser.add_argument("--search-rows", type=int, default=8, help="rows on which TRL's settings are searched")
+    parser.add_argument(
+        "--search-rows", type=int, default=None, help="rows on which TRL's settings are searched; default: 8, on a GPU a batch"
+    )
     parser.add_argument(
         "--micro-batches", type=int, nargs="+", default=None, help="the ones tried for TRL; default: 1 2 4, on a GPU 4 8 16"
     )
@@ -343,6 +349,7 @@ def _arguments() -> argparse.Namespace:
 
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments.micro_batches = arguments.micro_batches or MICRO_BATCHES[arguments.device]
+    arguments.search_rows = min(arguments.search_rows or (arguments.batch_size if arguments.device == "cuda" else 8), arguments.batch_size)
     return arguments
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from transformers import TrainerCallback
 from equipoise.core.files import read_jsonl, write_jsonl
 from equipoise.data.plan import Planner
 from equipoise.models import _flex, _varlen
+from equipoise.models._elementwise import kernels_for
 from equipoise.models.attention import NAME, attention_of, register
 from equipoise.models.batch import pack
+from equipoise.models.layers import watching
 from equipoise.models.logps import policy_logps
 from equipoise.objectives._load import build
 from equipoise.reference.build import build as build_store
@@ -194,7 +197,10 @@ def test_attention_does_not_wait_for_the_device(kind: str) -> None:
 def waits(stream: Stream, budget: int, policy: Any) -> tuple[int, list[str]]:
     """How many micro-batches a step was cut into, and where it waited for the device."""
     planner = Planner((stream.lengths,), len(stream.rows), budget, shuffle=False)
-    forward = Forward("packed", CUDA, autocast=lambda: torch.autocast("cuda", dtype=torch.bfloat16))
+    low = partial(torch.autocast, "cuda", dtype=torch.bfloat16)
+    forward = Forward("packed", CUDA, autocast=low, kernels=kernels_for(CUDA, None))
+    with torch.no_grad(), attention_of(policy, NAME), low(), watching(policy):
+        policy_logps(policy, pack(stream.rows[:2]).to(CUDA))
     runner = StepRunner([stream], forward, Meters(), backward=lambda loss: loss.backward(), sync=lambda last: nullcontext())
     step = planner.step(0)
     with attention_of(policy, NAME):

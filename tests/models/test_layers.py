@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from equipoise.core.errors import UsageError
-from equipoise.models import layers
+from equipoise.models import _elementwise, layers
+from equipoise.models._compile import COMPILED_SHAPES, with_open_shapes
 from equipoise.models._elementwise import EAGER, Kernels, compiled
 from equipoise.models._rows import RowAttention
 from equipoise.models.attention import NAME, RowMask, attention_of, register
@@ -116,6 +119,8 @@ def test_what_computes_something_else_is_left_alone() -> None:
     config = FAMILIES["llama"]()
     for layer in (OnePlus(8), TwoInputs(8), Scaled(config), mlp(hidden_act="gelu")):
         assert replaced(layer) == set(), type(layer).__name__
+    # In float32 the same numbers; of 16-bit inputs it makes another dtype.
+    assert replaced(Olmo2RMSNorm(8)) == set()
     assert replaced(LlamaRMSNorm(8)) == {""}
     assert replaced(mlp()) == {""}
 
@@ -192,6 +197,31 @@ def test_compiled_kernels_give_the_same_step() -> None:
         return torch.cat([weight.grad.flatten() for weight in model.parameters()])
 
     torch.testing.assert_close(gradient(kernels), gradient(EAGER), rtol=1e-4, atol=1e-5)
+
+
+def test_a_kernel_that_comes_out_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(function: Any) -> Any:
+        return (lambda *inputs: function(*inputs) * 1.5) if function is _elementwise.rotate else function
+
+    monkeypatch.setattr(_elementwise, "with_open_shapes", wrong)
+    with pytest.raises(UsageError, match=r"rotate in torch.float32 is 0\.\d+ off"):
+        compiled.__wrapped__(torch.device("cpu"))
+    monkeypatch.setattr(_elementwise, "with_open_shapes", lambda function: function)
+    assert compiled.__wrapped__(torch.device("cpu")) == EAGER
+
+
+def test_every_thread_may_compile_as_often() -> None:
+    """torch's settings are a thread's own where they are context variables; backward passes on a GPU have a thread of their own."""
+    seen: list[int] = []
+
+    def work() -> None:
+        with_open_shapes(lambda: None)()
+        seen.append(torch._dynamo.config.recompile_limit)
+
+    thread = Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [COMPILED_SHAPES]
 
 
 def test_what_cannot_be_compiled_is_said_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

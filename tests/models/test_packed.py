@@ -10,6 +10,7 @@ import torch
 
 from equipoise.core.errors import NumericsError
 from equipoise.models import _rows
+from equipoise.models._elementwise import EAGER
 from equipoise.models.attention import NAME, attention_of, packed_rows, register
 from equipoise.models.batch import Form, pack
 from equipoise.models.logps import policy_logps, token_logps
@@ -77,6 +78,13 @@ def test_gradients_equal_plain_forwards(name: str) -> None:
     expected = gradient(plain(model))
     difference = (gradient(ours(model, "packed")) - expected).norm() / expected.norm()
     assert difference < 1e-5
+
+
+def test_the_start_check_computes_as_training_will() -> None:
+    """Wrong kernels are found before anything is trained with them."""
+    wrong = EAGER._replace(norm=lambda *inputs: tuple(1.01 * part for part in EAGER.norm(*inputs)))
+    with pytest.raises(NumericsError, match="start check failed"):
+        choose_form(tiny("llama"), ROWS, "auto", CPU, kernels=wrong)
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))

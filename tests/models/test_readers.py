@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from transformers.models.llama import modeling_llama
+from transformers.models.olmo2 import modeling_olmo2
 
 from equipoise.models import _rotary
 from equipoise.models._elementwise import EAGER, Kernels, rotate, rotate_backward
-from equipoise.models._readers import Watch, rounded_by_readers, watched
+from equipoise.models._readers import rounded_by_readers, watched
 from equipoise.models._rotary import Rotation, lean_rotations
 from equipoise.models.attention import NAME, attention_of, register
 from equipoise.models.batch import pack
@@ -56,6 +58,14 @@ def test_the_last_watch_counts_and_one_that_failed_does_not() -> None:
     assert narrow
     assert {name for name, module in model.named_modules() if rounded_by_readers(module)} == narrow
     assert seen(model, nullcontext) == set()
+
+
+def test_what_is_watched_may_go() -> None:
+    """Nothing is kept in memory for being watched."""
+    norm = torch.nn.LayerNorm(4)
+    with low(), watched([norm]):
+        gone = weakref.ref(norm(torch.ones(2, 4)))
+        assert gone() is None
 
 
 def test_asking_for_a_shape_is_no_reading() -> None:
@@ -117,13 +127,7 @@ def test_rotation_gradcheck() -> None:
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, 2, 3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     cos, sin = (torch.randn(1, 3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
-    exact = EAGER._replace(rotate_backward=lambda given, cos, sin, dtype: _exact_backward(given, cos, sin))
-    assert torch.autograd.gradcheck(lambda part: Rotation.apply(part, cos, sin, torch.float64, exact), (states,))
-
-
-def _exact_backward(given: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    back = given * sin[:, :, None]
-    return given * cos[:, :, None] + torch.cat((back[..., 2:], -back[..., :2]), -1)
+    assert torch.autograd.gradcheck(lambda part: Rotation.apply(part, cos, sin, torch.float64, EAGER), (states,))
 
 
 def test_rotations_of_a_family_are_replaced_and_put_back() -> None:
@@ -141,6 +145,12 @@ def test_rotations_of_a_family_are_replaced_and_put_back() -> None:
     assert modeling_llama.apply_rotary_pos_emb is theirs
     with lean_rotations(model, EAGER):
         assert modeling_llama.apply_rotary_pos_emb is theirs
+
+
+def test_a_rotation_that_gives_another_dtype_is_left_alone() -> None:
+    """OLMo's returns the dtype of the queries, also where cosines are float32."""
+    assert _rotary._agrees(modeling_llama.apply_rotary_pos_emb)
+    assert not _rotary._agrees(modeling_olmo2.apply_rotary_pos_emb)
 
 
 def test_a_rotation_that_computes_something_else_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +175,7 @@ def test_steps_with_replaced_rotations_are_the_same() -> None:
     torch.testing.assert_close(gradient(OWN), gradient(EAGER), rtol=1e-4, atol=1e-6)
 
 
-def test_packed_attention_is_known_to_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_attention_is_known_to_round() -> None:
     """What it does inside is not looked at; a rotation whose output goes nowhere else is found."""
     model = tiny("llama")
     theirs = modeling_llama.apply_rotary_pos_emb
@@ -174,4 +184,3 @@ def test_packed_attention_is_known_to_round(monkeypatch: pytest.MonkeyPatch) -> 
     with torch.no_grad(), attention_of(model, "eager"), low(), watching(model):
         model(input_ids=torch.arange(5)[None], use_cache=False)
     assert not rounded_by_readers(theirs)
-    assert isinstance(Watch(), torch.overrides.TorchFunctionMode)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -15,5 +16,13 @@ COMPILED_SHAPES = 64
 def with_open_shapes(function: Callable[..., Any]) -> Any:
     """The function compiled so that micro-batches of every size share its kernels."""
     config: Any = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, COMPILED_SHAPES)
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    compiled = torch.compile(function, dynamic=True, fullgraph=True)
+
+    @wraps(function)
+    def call(*inputs: Any, **more: Any) -> Any:
+        # Each thread has its own settings, and backward passes on a GPU run in a thread of torch's.
+        if config.recompile_limit < COMPILED_SHAPES:
+            config.recompile_limit = COMPILED_SHAPES
+        return compiled(*inputs, **more)
+
+    return call

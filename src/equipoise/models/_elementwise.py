@@ -63,7 +63,7 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tens
 
 def rotate_backward(gradient: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
     """∂/∂x = ∂ · cos + (s₂, −s₁) with s = ∂ · sin, rounded once."""
-    half, wide = gradient.shape[-1] // 2, gradient.float()
+    half, wide = gradient.shape[-1] // 2, gradient.to(wide_dtype(gradient.dtype))
     back = wide * sin[:, :, None]
     return (wide * cos[:, :, None] + torch.cat((back[..., half:], -back[..., :half]), -1)).to(dtype)
 
@@ -130,17 +130,14 @@ def kernels_for(device: torch.device, wanted: bool | None) -> Kernels:
 
 @cache
 def compiled(device: torch.device) -> Kernels:
-    """The compiled ones, tried once on this device. Raises UsageError where nothing can be compiled for it."""
+    """The compiled ones, tried once on this device. Raises UsageError where nothing can be compiled for it, or comes out wrong."""
     kernels = Kernels(*map(with_open_shapes, EAGER))
-    hidden, weight = torch.ones(3, 8, device=device), torch.ones(8, device=device)
     try:
-        scale = kernels.norm(hidden, weight, 1e-6, None)[1]
-        kernels.norm_backward(hidden, hidden, weight, scale, True)
-        kernels.gate_backward(hidden, hidden, kernels.gate(hidden, hidden))
-        kernels.rotate_backward(
-            kernels.rotate(hidden[None, :, None], hidden[None], hidden[None], hidden.dtype), *[hidden[None]] * 2, hidden.dtype
-        )
-        kernels.exponentials(hidden.clone(), torch.zeros(3, dtype=torch.long, device=device), None)
+        for dtype, allowed in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
+            for name, ours, exact in zip(Kernels._fields, _trial(kernels, device, dtype), _trial(EAGER, device, dtype), strict=True):
+                off = max(float((one.float() - other.float()).abs().max()) for one, other in zip(ours, exact, strict=True))
+                if not off <= allowed:
+                    raise ArithmeticError(f"{name} in {dtype} is {off:.2g} off")
     except Exception as error:  # a compiler fails in many ways, and all have the same answer
         needs = "a C++ compiler" if device.type == "cpu" else "Triton"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
@@ -149,3 +146,24 @@ def compiled(device: torch.device) -> Kernels:
             f"({type(error).__name__}: {reason}). Install it, or leave torch_compile out."
         ) from error
     return kernels
+
+
+def _trial(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
+    """What each of the functions gives for small random numbers of order 1, in the order of their names."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.rand(3, 5, 8, generator=generator) - 0.5
+    one, other, weight, cos = wide.to(device, dtype), wide.flip(0).to(device, dtype), wide[0, 0].to(device), wide[:, :, :6].to(device)
+    states, target = wide.view(3, 5, 2, 4).to(device, dtype), torch.arange(5, device=device)
+    scale = kernels.norm(one, weight, 1e-2, None)[1]
+    back = [part for part in kernels.norm_backward(other, one, weight, scale, True) if part is not None]
+    logits = one[0].clone()
+    angles = cos[..., :4], cos[..., 2:]
+    return [
+        kernels.norm(one, weight, 1e-2, dtype),
+        tuple(back),
+        (kernels.gate(one, other),),
+        kernels.gate_backward(one, other, other),
+        (kernels.rotate(states, *angles, dtype),),
+        (kernels.rotate_backward(states, *angles, dtype),),
+        (*kernels.exponentials(logits, target, None), logits),
+    ]

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 # What asks about a tensor without reading its numbers.
 _LOOKS = {
@@ -39,13 +40,14 @@ class Watch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.verdicts: dict[Any, bool] = {}
-        self._noted: dict[int, tuple[torch.Tensor, Any]] = {}
+        # By identity and weakly: nothing is kept in memory for being watched, and no other tensor inherits a dead one's name.
+        self._noted = WeakIdKeyDictionary()
 
     def note(self, owner: Any, made: Sequence[Any]) -> None:
-        """Follow what an owner made. The tensors are kept alive, so that no other takes their identity."""
+        """Follow what an owner made."""
         for tensor in made:
             if isinstance(tensor, torch.Tensor):
-                self._noted[id(tensor)] = (tensor, owner)
+                self._noted[tensor] = owner
                 self.verdicts.setdefault(owner, True)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -53,7 +55,7 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in _LOOKS:
             for leaf in tree_leaves((args, kwargs)):
-                _, owner = self._noted.get(id(leaf), (None, None))
+                owner = self._noted.get(leaf) if isinstance(leaf, torch.Tensor) else None  # type: ignore[no-untyped-call]
                 if owner is not None and not (
                     func is torch.nn.functional.linear and leaf is args[0] and torch.is_autocast_enabled(leaf.device.type)
                 ):

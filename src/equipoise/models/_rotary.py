@@ -103,14 +103,16 @@ def _replaced(home: Any, function: Callable[..., Any]) -> Iterator[None]:
 
 @cache
 def _agrees(theirs: Callable[..., Any]) -> bool:
-    """Whether a family's function gives the very numbers of ours, on small random ones; one that cannot be called so does not."""
+    """Whether a family's function gives the very numbers of ours, dtype included, on small random ones of the dtypes that meet."""
     with _disable_current_modes(), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        parts = torch.randn(1, 4, 3, 6), torch.randn(1, 2, 3, 6)
-        cos, sin = torch.randn(1, 3, 6), torch.randn(1, 3, 6)
-        try:
-            expected = theirs(*parts, cos, sin)
-            found = [EAGER.rotate(part.transpose(1, 2), cos, sin, torch.float32).transpose(1, 2) for part in parts]
-            return len(expected) == 2 and all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
-        except Exception:  # a family's function may want anything else; it is left alone then
-            return False
+        for states, angles in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)):
+            parts = [torch.randn(1, heads, 3, 6).to(states) for heads in (4, 2)]
+            cos, sin = (torch.randn(1, 3, 6).to(angles) for _ in range(2))
+            try:
+                found, expected = _ours(theirs, EAGER)(*parts, cos, sin), theirs(*parts, cos, sin)
+                if not all(one.dtype == other.dtype and torch.equal(one, other) for one, other in zip(found, expected, strict=True)):
+                    return False
+            except Exception:  # a family's function may want anything else; it is left alone then
+                return False
+    return True

@@ -144,31 +144,40 @@ def _epsilon(module: Any) -> float | None:
 
 
 _known: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
+Trial = tuple[Any, Tensor, Callable[[Tensor], Tensor]]
 
 
-def _agrees(module: torch.nn.Module, trial: Callable[[torch.nn.Module], tuple[Any, Tensor, Callable[[Tensor], Tensor]]]) -> bool:
-    """Whether a layer's own forward gives the very numbers of ours, on small random weights; one that cannot be run does not."""
+def _agrees(module: torch.nn.Module, trials: Callable[[torch.nn.Module], list[Trial]]) -> bool:
+    """Whether a layer's own forward gives the very numbers of ours, dtype included, on small random weights; one that cannot be
+    run does not.
+    """
     if module not in _known:
         with _disable_current_modes(), torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
-            small, hidden, ours = trial(module)
             try:
-                expected = type(module).forward(small, hidden)
-                _known[module] = isinstance(expected, Tensor) and torch.equal(expected, ours(hidden))
+                _known[module] = all(_same(type(module).forward(small, hidden), ours(hidden)) for small, hidden, ours in trials(module))
             except Exception:  # a family's layer may want anything else; it is left alone then
                 _known[module] = False
     return _known[module]
 
 
-def _norm_trial(module: torch.nn.Module) -> tuple[Any, Tensor, Callable[[Tensor], Tensor]]:
-    small = _with_parts(module, {"weight": torch.nn.Parameter(torch.randn(8))}, {})
-    return small, torch.randn(3, 8), partial(_norm, small, _epsilon(module) or 0.0, EAGER)
+def _same(expected: Any, found: Tensor) -> bool:
+    return isinstance(expected, Tensor) and expected.dtype == found.dtype and torch.equal(expected, found)
 
 
-def _gated_trial(module: torch.nn.Module) -> tuple[Any, Tensor, Callable[[Tensor], Tensor]]:
+def _norm_trial(module: torch.nn.Module) -> list[Trial]:
+    """Weights and hidden states of one dtype, and as under autocast, of two."""
+    made: list[Trial] = []
+    for weights, hidden in ((torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)):
+        small = _with_parts(module, {"weight": torch.nn.Parameter(torch.randn(8).to(weights))}, {})
+        made.append((small, torch.randn(3, 8).to(hidden), partial(_norm, small, _epsilon(module) or 0.0, EAGER)))
+    return made
+
+
+def _gated_trial(module: torch.nn.Module) -> list[Trial]:
     parts = {name: torch.nn.Linear(*((6, 4) if name == "down_proj" else (4, 6))) for name in _MLP[:3]}
     small = _with_parts(module, {}, {**parts, "act_fn": module.act_fn})
-    return small, torch.randn(3, 4), partial(_gated, small, EAGER, True)
+    return [(small, torch.randn(3, 4), partial(_gated, small, EAGER, True))]
 
 
 def _with_parts(module: torch.nn.Module, parameters: dict[str, Any], children: dict[str, Any]) -> Any:

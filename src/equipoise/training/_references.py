@@ -151,7 +151,7 @@ class References:
                 shard(reference, device)
             else:
                 reference.to(device)
-            form, report = choose_form(reference, self._stored[0].rows, self.settings.attention, device, autocast)
+            form, report = choose_form(reference, self._stored[0].rows, self.settings.attention, device, autocast, forward.kernels)
             tolerance = stored_tolerance(report)
         assert identity is not None
         context = Context(*identity, forward_dtype(self.settings, reference), f"{form}/{device.type}")

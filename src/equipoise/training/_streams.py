@@ -82,7 +82,7 @@ class Forward:
     """How a micro-batch goes through the model.
 
     form: layout of the rows. autocast: context for the forward pass. pad_id fills the padded form. live: the reference of
-    streams that have no store. kernels: what norms, gates and the head's softmax compute with while training.
+    streams that have no store. kernels: what norms, gates, rotations and the head's softmax compute with.
     """
 
     form: Form

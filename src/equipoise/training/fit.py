@@ -217,12 +217,13 @@ class _Fit:
 
     def _start_check(self, policy: Any, device: torch.device) -> Forward:
         autocast = autocast_for(self.settings, device)
+        kernels = kernels_for(device, self.settings.torch_compile)
         rows = self.streams[0].rows
         if self.readout == "score":
             form: Form = "padded"
             report = check_scores(policy, rows, device, autocast)
         else:
-            form, report = choose_form(policy, rows, self.settings.attention, device, autocast)
+            form, report = choose_form(policy, rows, self.settings.attention, device, autocast, kernels)
         ends = {self.tokenizer.eos_token_id, *_ends(policy)} - {None}
         learned = [(branch.ids[-1], branch.marks["learn"][-1]) for stream in self.streams for row in stream.rows for branch in row.branches]
         report["end_supervised"] = sum(bool(mark) and int(last) in ends for last, mark in learned) / max(1, len(learned))
@@ -230,7 +231,6 @@ class _Fit:
             share = f"{report['end_supervised']:.0%}"
             say(f"start check: only {share} of the replies end in a learned end-of-sequence token; the model may not learn to stop")
         self.report = report
-        kernels = kernels_for(device, self.settings.torch_compile)
         return Forward(form, device, self.tokenizer.pad_token_id or 0, autocast, kernels=kernels)
 
     def _store_root(self) -> Path:

@@ -96,8 +96,8 @@ class TrainSettings(Settings):
     gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
     torch_compile: bool | None = Field(
         default=None,
-        description="norms, gates and the head's softmax as compiled kernels (needs Triton on a GPU, a C++ compiler on a CPU), never "
-        "the whole model. None: on a GPU where it can be had",
+        description="norms, gates, rotations and the head's softmax as compiled kernels (needs Triton on a GPU, a C++ compiler on a "
+        "CPU), never the whole model. None: on a GPU where it can be had",
     )
     attention: Literal["auto", "packed", "separate", "padded"] = Field(
         default="auto", description="auto: shared prompts where the start check agrees, else falls back; the others force one way"

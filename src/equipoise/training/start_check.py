@@ -18,9 +18,10 @@ import torch
 from equipoise.core.errors import NumericsError
 from equipoise.core.progress import say
 from equipoise.data.rows import TokenRow
+from equipoise.models._elementwise import EAGER, Kernels
 from equipoise.models.attention import NAME, attention_of, register
 from equipoise.models.batch import Form, pack
-from equipoise.models.layers import watching
+from equipoise.models.layers import lean_layers, watching
 from equipoise.models.logps import evaluating, policy_logps, scores, token_logps, unwrapped
 from equipoise.models.quantised import in_low_precision
 
@@ -47,8 +48,11 @@ def choose_form(
     wanted: Literal["auto", "packed", "separate", "padded"],
     device: torch.device,
     autocast: Autocast = nullcontext,
+    kernels: Kernels = EAGER,
 ) -> tuple[Form, dict[str, Any]]:
-    """The first form whose log-probs agree with the model's own, and a report of what was measured.
+    """The first form whose log-probs, computed as in training, agree with the model's own; and a report of what was measured.
+
+    kernels: what norms, gates, rotations and the head's softmax compute with.
 
     Raises NumericsError where none agrees, or where the one form that was asked for does not.
     """
@@ -65,7 +69,7 @@ def choose_form(
         for form in FORMS if wanted == "auto" else (wanted,):
             if form == "packed" and max(len(row.branches) for row in rows) == 1:
                 continue  # nothing to share: separate rows are the same thing
-            difference, problem = _difference(model, probes, native, form, device, autocast, distance, low)
+            difference, problem = _difference(model, probes, native, form, device, autocast, distance, kernels)
             report["tried"][form] = {"difference": difference, "problem": problem}
             if problem is None and difference is not None and difference <= tolerance:
                 report["form"] = form
@@ -115,12 +119,17 @@ def _difference(
     device: torch.device,
     autocast: Autocast,
     distance: Callable[[Tensor, Tensor], float],
-    low: bool,
+    kernels: Kernels,
 ) -> tuple[float | None, str | None]:
     try:
         attention = nullcontext() if form == "padded" else attention_of(unwrapped(model), NAME)
-        with torch.no_grad(), autocast(), attention, watching(model) if low else nullcontext():
-            ours = policy_logps(model, pack(rows, form, _pad(model)).to(device)).float()
+        batch = pack(rows, form, _pad(model)).to(device)
+        with torch.no_grad(), autocast(), attention:
+            if autocast is not nullcontext:  # who reads what, before anything is computed as it will be in training
+                with watching(model):
+                    policy_logps(model, batch)
+            with lean_layers(model, kernels):
+                ours = policy_logps(model, batch).float()
     # A family may fail in any way when its attention is replaced; whatever it raises, the answer is the next form.
     except Exception as error:
         return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
