@@ -4,12 +4,12 @@
     python benchmarks/vs_trl.py --shape llama-3.2-1b --rows 1024 --repeats 2 --batch-size 64 --dtype bfloat16   one GPU, no network
 
 Sides: `ours` (equipoise's `fit` with its defaults), `default` (TRL as it comes: 8 pairs a micro-batch, gradient checkpointing,
-the reference in every step) and `tuned` (the fastest of several micro-batches, reference precomputed, found on the first rows; on
-a CPU with and without gradient checkpointing, on a GPU without unless nothing fits, and with Liger's kernels where they are installed). Rows are cut into `--repeats`
-blocks; every side runs a block before the next block begins, so what slows the machine slows all of them: on a CPU each time in
-a new process, whose peak memory is its own; on a GPU in one process a side, which first runs a step to compile and warm up.
-Seconds are those of the reference pass and of training; loading, tokenising and TRL's own data preparation are left out
-(see `prepare.py`).
+the reference in every step) and `tuned` (the fastest of several micro-batches, reference precomputed, found on the first rows:
+on a CPU with and without gradient checkpointing; on a GPU without, unless nothing fits, and also with Liger's kernels where
+they are installed). Rows are cut into `--repeats` blocks; every side runs a block before the next block begins, so what slows
+the machine slows all of them: on a CPU each time in a new process, whose peak memory is its own; on a GPU in one process a
+side, which first runs a step to compile and warm up. Seconds are those of the reference pass and of training; loading,
+tokenising and TRL's own data preparation are left out (see `prepare.py`).
 """
 
 from __future__ import annotations
