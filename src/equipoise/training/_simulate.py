@@ -142,6 +142,9 @@ class Simulation:
         accumulate: whether gradients of an earlier micro-batch of the step are there already.
         """
         self.model.train(training)
+        for module in self.model.modules():
+            if hasattr(module, "layerdrop"):  # it would draw a number for every layer, and here are none to compare
+                module.training = False
         trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         batch = self._batch(rows, form)
         ledger = Ledger()
