@@ -64,7 +64,7 @@ def measure(size: int = 512, seconds: float = 0.2, clock: Callable[[], float] = 
         return 2.0 * size**3 / best_of(lambda: left @ left)
 
     # Far larger than any cache; a product reads two and writes one.
-    left, right, out = (torch.ones(16 * 2**20 if device == "cuda" else 2**21, device=device) for _ in range(3))
+    left, right, out = (torch.ones(2**24, device=device) for _ in range(3))
     bandwidth = 3.0 * left.nbytes / best_of(lambda: torch.mul(left, right, out=out))
     return Machine(device, rate(torch.float32), rate(torch.bfloat16), bandwidth, memory_at_hand(device))
 
