@@ -204,7 +204,7 @@ def test_a_kernel_that_comes_out_wrong_is_not_used(monkeypatch: pytest.MonkeyPat
         return (lambda *inputs: function(*inputs) * 1.5) if function is _elementwise.rotate else function
 
     monkeypatch.setattr(_elementwise, "with_open_shapes", wrong)
-    with pytest.raises(UsageError, match=r"rotate in torch.float32 is 0\.\d+ off"):
+    with pytest.raises(UsageError, match=r"rotate is 0\.\d+ off"):
         compiled.__wrapped__(torch.device("cpu"))
     monkeypatch.setattr(_elementwise, "with_open_shapes", lambda function: function)
     assert compiled.__wrapped__(torch.device("cpu")) == EAGER
@@ -232,5 +232,5 @@ def test_what_cannot_be_compiled_is_said_with_the_way_out(monkeypatch: pytest.Mo
         return fails
 
     monkeypatch.setattr(torch, "compile", refuses)
-    with pytest.raises(UsageError, match=r"torch_compile=true.*C\+\+ compiler.*no compiler was found\)\. Install it, or leave"):
+    with pytest.raises(UsageError, match=r"torch_compile=true.*no compiler was found\)\. They need a C\+\+ compiler; leave"):
         compiled.__wrapped__(torch.device("cpu"))

@@ -70,7 +70,8 @@ def test_segments_by_hand() -> None:
     assert made.queries.tolist() == [0, 5, 8, 11]
     assert made.keys.tolist() == [0, 5, 11, 14]
     assert (made.most_queries, made.most_keys) == (5, 6)
-    assert [part.tolist() for part in (made.gathered, made.own, made.copies, made.copied) if part is not None] == [
+    assert made.shared is not None
+    assert [part.tolist() for part in (made.shared.gathered, made.shared.own, made.shared.copies, made.shared.copied)] == [
         [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8, 9, 10],
         [0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13],
         [5, 6, 7],
@@ -80,7 +81,7 @@ def test_segments_by_hand() -> None:
 
 def test_nothing_is_copied_where_no_prompt_is_shared() -> None:
     made = _varlen.layout((Span(0, 3, (2,)), Span(5, 1, (2,))), CPU)
-    assert made.gathered is made.own is made.copies is made.copied is None
+    assert made.shared is None
     assert made.keys.tolist() == made.queries.tolist() == [0, 5, 8]
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -103,18 +103,14 @@ def _by_processes(
     # Started afresh: a process that has used the tokenizer's threads may not be forked.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, _begin, (tokenizer, settings.tokenise)) as pool:
-        under_way: deque[tuple[Path, int, Any]] = deque()
+        under_way: deque[tuple[Path, int, Future[Accounting]]] = deque()
         for shard, some in asked:
-            finished = _finished(shard)
-            under_way.append((shard, len(some), pool.submit(_in_a_process, shard, some) if finished is None else finished))
+            under_way.append((shard, len(some), pool.submit(_in_a_process, shard, some)))
             if len(under_way) > 2 * processes:
-                yield _result(*under_way.popleft())
-        while under_way:
-            yield _result(*under_way.popleft())
-
-
-def _result(shard: Path, size: int, found: Any) -> tuple[Path, int, Accounting]:
-    return shard, size, found if isinstance(found, Accounting) else found.result()
+                first, size, future = under_way.popleft()
+                yield first, size, future.result()
+        for shard, size, future in under_way:
+            yield shard, size, future.result()
 
 
 _encoder: Encoder | None = None
@@ -132,25 +128,17 @@ def _in_a_process(shard: Path, made: list[Record]) -> Accounting:
     return _shard(shard, made, _encoder)
 
 
-def _finished(shard: Path) -> Accounting | None:
-    """What became of a shard that is there already."""
+def _shard(shard: Path, made: list[Record], encoder: Encoder) -> Accounting:
+    """Tokenise one shard, unless it is there already. Its accounting is written last: without it the shard does not count."""
     mark = shard / "accounting.json"
     # A version before rows format 2 left no prints; its shards are made again.
     if mark.is_file() and (shard / PRINTS).is_file() >= (shard / "rows.json").is_file():
         return Accounting.from_json(read_json(mark))
-    return None
-
-
-def _shard(shard: Path, made: list[Record], encoder: Encoder) -> Accounting:
-    """Tokenise one shard, unless it is there already. Its accounting is written last: without it the shard does not count."""
-    finished = _finished(shard)
-    if finished is not None:
-        return finished
     accounting = Accounting()
     rows = [row for some in batches(made, BATCH) for row in tokenise_units(some, encoder, accounting)]
     if rows:  # an empty shard has nothing to say but its accounting
         kept = {row.id for row in rows}
         prints_of(unit for unit in made if unit.id in kept).save(shard / PRINTS)  # only prompts of rows are trained on
         TokenRows.of(rows).save(shard)
-    write_json(shard / "accounting.json", accounting.as_json())
+    write_json(mark, accounting.as_json())
     return accounting

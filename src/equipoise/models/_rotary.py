@@ -21,7 +21,7 @@ from equipoise.models._elementwise import EAGER, Kernels
 from equipoise.models._readers import Watch, rounded_by_readers
 
 Tensor = torch.Tensor
-NAME = "apply_rotary_pos_emb"
+FUNCTION = "apply_rotary_pos_emb"
 
 
 class Rotation(torch.autograd.Function):
@@ -47,7 +47,7 @@ def lean_rotations(model: torch.nn.Module, kernels: Kernels) -> Iterator[None]:
     """Within this block rotary positions of this model's families are one kernel, where kernels are compiled."""
     with ExitStack() as stack:
         for home in _homes(model) if kernels is not EAGER else ():
-            theirs = getattr(home, NAME)
+            theirs = getattr(home, FUNCTION)
             if _agrees(theirs):
                 stack.enter_context(_replaced(home, _ours(theirs, kernels)))
         yield
@@ -58,7 +58,7 @@ def noted_rotations(model: torch.nn.Module, watch: Watch) -> Iterator[None]:
     """Within this block a watch follows what the families' own functions give."""
     with ExitStack() as stack:
         for home in _homes(model):
-            stack.enter_context(_replaced(home, _noting(getattr(home, NAME), watch)))
+            stack.enter_context(_replaced(home, _noting(getattr(home, FUNCTION), watch)))
         yield
 
 
@@ -88,17 +88,17 @@ def _noting(theirs: Callable[..., Any], watch: Watch) -> Callable[..., Any]:
 def _homes(model: torch.nn.Module) -> list[ModuleType]:
     """The Python modules of this model's layers that have the function."""
     names = {type(module).__module__ for module in model.modules()}
-    return [sys.modules[name] for name in sorted(names) if callable(getattr(sys.modules.get(name), NAME, None))]
+    return [sys.modules[name] for name in sorted(names) if callable(getattr(sys.modules.get(name), FUNCTION, None))]
 
 
 @contextmanager
 def _replaced(home: Any, function: Callable[..., Any]) -> Iterator[None]:
-    before = getattr(home, NAME)
-    setattr(home, NAME, function)
+    before = getattr(home, FUNCTION)
+    setattr(home, FUNCTION, function)
     try:
         yield
     finally:
-        setattr(home, NAME, before)
+        setattr(home, FUNCTION, before)
 
 
 @cache

@@ -26,22 +26,31 @@ _backward = torch.ops.aten._flash_attention_backward
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where segments of queries and of keys begin, and which positions the keys are of.
+class Shared:
+    """Which positions keys are of, where prompts are shared and so seen more than once.
 
-    queries, keys: int32 [segments + 1]. most_queries, most_keys: of one segment. gathered: int64 [K], the position of each key;
-    None: keys are the positions themselves. own: int64 [S], which key is a position's own. copies, copied: int64 [C], the
+    gathered: int64 [K], the position of each key. own: int64 [S], which key is a position's own. copies, copied: int64 [C], the
     keys that are copies of a prompt's, and the positions they are of.
+    """
+
+    gathered: Tensor
+    own: Tensor
+    copies: Tensor
+    copied: Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where segments of queries and of keys begin: int32 [segments + 1] each. most_queries, most_keys: of one segment.
+
+    shared: None where no prompt is, and keys are the positions themselves.
     """
 
     queries: Tensor
     keys: Tensor
     most_queries: int
     most_keys: int
-    gathered: Tensor | None
-    own: Tensor | None
-    copies: Tensor | None
-    copied: Tensor | None
+    shared: Shared | None
 
 
 def layout(rows: Sequence[Span], device: torch.device) -> Layout:
@@ -63,12 +72,12 @@ def layout(rows: Sequence[Span], device: torch.device) -> Layout:
 
     whole = starts(queries), starts(keys), max(queries), max(keys)
     if not any(prompts):
-        return Layout(*whole, None, None, None, None)
+        return Layout(*whole, None)
     positions = np.concatenate(gathered)
     # Within a segment the prompt's copy comes first, and every position is a key of its own exactly once.
     is_copy = np.concatenate([np.arange(size) < prompt for size, prompt in zip(keys, prompts, strict=True)])
     indices = positions, np.flatnonzero(~is_copy), np.flatnonzero(is_copy), positions[is_copy]
-    return Layout(*whole, *(to_device(torch.from_numpy(index), device) for index in indices))
+    return Layout(*whole, Shared(*(to_device(torch.from_numpy(index), device) for index in indices)))
 
 
 class VarlenAttention(torch.autograd.Function):
@@ -138,14 +147,13 @@ def _heads_first(part: Tensor) -> Tensor:
 def _seen(part: Tensor, rows: Layout) -> Tensor:
     """[1, H_kv, S, D] → [K, H_kv, D]: keys or values as the segments see them."""
     flat = _flat(part)
-    return flat if rows.gathered is None else flat.index_select(0, rows.gathered)
+    return flat if rows.shared is None else flat.index_select(0, rows.shared.gathered)
 
 
 def _gathered_back(gradient: Tensor, rows: Layout) -> Tensor:
     """[K, H_kv, D] → [1, H_kv, S, D]: the gradient of `_seen`. With two replies a prompt at most two parts meet, in any order the same."""
-    if rows.own is None:
+    shared = rows.shared
+    if shared is None:
         return _heads_first(gradient)
-    assert rows.copies is not None
-    assert rows.copied is not None
-    whole = gradient.index_select(0, rows.own)
-    return _heads_first(whole.index_add_(0, rows.copied, gradient.index_select(0, rows.copies)))
+    whole = gradient.index_select(0, shared.own)
+    return _heads_first(whole.index_add_(0, shared.copied, gradient.index_select(0, shared.copies)))

@@ -150,14 +150,16 @@ class Simulation:
         ledger = Ledger()
         with self.mode:
             ledger.ignore([*self.parameters, *self.model.buffers(), *_tensors(batch)])
-        attention: AbstractContextManager[Any] = nullcontext() if form == "padded" else attention_of(unwrapped(self.model), NAME)
+
+        def attention() -> AbstractContextManager[Any]:
+            return nullcontext() if form == "padded" else attention_of(unwrapped(self.model), NAME)
+
         gradients: AbstractContextManager[Any] = nullcontext() if self.exchanged else gradients_in_place()
         if not self._watched and self.settings.bf16 and self.readout == "logps":
-            ours = nullcontext() if form == "padded" else attention_of(unwrapped(self.model), NAME)
-            with ours, watching(self.model), self.mode, torch.no_grad(), autocast_for(self.settings, self.device)():
+            with attention(), watching(self.model), self.mode, torch.no_grad(), autocast_for(self.settings, self.device)():
                 self._values(batch)
             self._watched = True  # as the start check does before a run
-        with attention, gradients, lean_layers(self.model), self.mode, ledger, torch.set_grad_enabled(training):
+        with attention(), gradients, lean_layers(self.model), self.mode, ledger, torch.set_grad_enabled(training):
             if form != "padded" and unwrapped(self.model).config._attn_implementation != NAME:
                 raise UsageError(f"{type(unwrapped(self.model)).__name__} does not let its attention be replaced.")
             if training and accumulate:
