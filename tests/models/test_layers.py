@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from equipoise.core.errors import UsageError
-from equipoise.models import _elementwise, layers
+from equipoise.models import _elementwise, _rows, layers
 from equipoise.models._compile import COMPILED_SHAPES, with_open_shapes
 from equipoise.models._elementwise import EAGER, Kernels, compiled
 from equipoise.models._rows import RowAttention
@@ -169,16 +169,19 @@ def test_the_models_gradients_and_what_is_kept(monkeypatch: pytest.MonkeyPatch) 
     assert lean < 0.8 * kept()
 
 
+@pytest.mark.parametrize("block", [128, 2], ids=["one block", "blocks"])
 @pytest.mark.parametrize("window", [None, 4], ids=["full", "window"])
 @pytest.mark.parametrize("groups", [1, 2], ids=["heads", "grouped"])
-def test_row_attention_gradcheck(groups: int, window: int | None) -> None:
+def test_row_attention_gradcheck(groups: int, window: int | None, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_rows, "BLOCK", block)
     rows = (Span(0, 3, (4, 2, 3)), Span(12, 1, (2,)))
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(1, heads, 15, 8, generator=generator, dtype=torch.float64, requires_grad=True) for heads in (2 * groups, 2, 2)
     )
-    calls = RowMask(rows, window).calls(torch.float64)
-    assert torch.autograd.gradcheck(lambda *parts: RowAttention.apply(*parts, calls, None), (query, key, value))
+    pieces = RowMask(rows, window).pieces(torch.float64)
+    assert len({len(piece.blocks) for piece in pieces}) == (1 if block > 9 else 3)
+    assert torch.autograd.gradcheck(lambda *parts: RowAttention.apply(*parts, pieces, None), (query, key, value))
 
 
 def test_compiled_kernels_give_the_same_step() -> None:

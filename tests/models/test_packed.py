@@ -46,14 +46,16 @@ def ours(model: Any, form: Form) -> torch.Tensor:
         return policy_logps(model, pack(ROWS, form))
 
 
-@pytest.fixture(params=["kernel", "public function"])
-def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through torch's CPU kernel, and as where it does not serve (dropout, other devices)."""
+@pytest.fixture(params=["whole", "blocks", "public function"])
+def every_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece as one block of queries, as several, and as where ours does not serve (dropout, other devices)."""
     if request.param == "public function":
         monkeypatch.setattr(_rows, "usable", lambda *_: False)
+    elif request.param == "blocks":
+        monkeypatch.setattr(_rows, "BLOCK", 7)
 
 
-@pytest.mark.usefixtures("both_ways")
+@pytest.mark.usefixtures("every_way")
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_log_probs_equal_plain_forwards(name: str) -> None:
     model = tiny(name)
@@ -64,7 +66,7 @@ def test_log_probs_equal_plain_forwards(name: str) -> None:
             torch.testing.assert_close(ours(model, form), expected, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.usefixtures("both_ways")
+@pytest.mark.usefixtures("every_way")
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt350m", "mistral", "gemma3"])
 def test_gradients_equal_plain_forwards(name: str) -> None:
     model = tiny(name)
@@ -111,11 +113,14 @@ def test_the_start_check_catches_what_packing_gets_wrong(name: str) -> None:
         assert form == "padded", report
 
 
+def without_a_window(rows: Any, window: int | None, dtype: torch.dtype, cut: Any = _rows.pieces) -> Any:
+    """The cut of a mask function that forgets the window."""
+    return cut(rows, None, dtype)
+
+
 def test_a_wrong_window_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask function that forgets the window is silently wrong for windowed models; the check has to see it."""
-    from equipoise.models import attention
-
-    monkeypatch.setattr(attention.RowMask, "causal", lambda self, length, dtype, device: None)
+    monkeypatch.setattr(_rows, "pieces", without_a_window)
     form, report = choose_form(tiny("mistral"), ROWS, "auto", CPU)
     assert report["tried"]["packed"]["difference"] > 1e-4
     assert form == "padded"
@@ -123,18 +128,14 @@ def test_a_wrong_window_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bfloat16_is_judged_by_the_models_own_scatter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounding is let through, a forgotten window is not."""
-    from equipoise.models import attention
-
     assert choose_form(tiny("mistral").bfloat16(), ROWS, "auto", CPU)[0] == "packed"
-    monkeypatch.setattr(attention.RowMask, "causal", lambda self, length, dtype, device: None)
+    monkeypatch.setattr(_rows, "pieces", without_a_window)
     form, report = choose_form(tiny("mistral").bfloat16(), ROWS, "auto", CPU)
     assert form == "padded", report
 
 
 def test_a_forced_form_that_is_wrong_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    from equipoise.models import attention
-
-    monkeypatch.setattr(attention.RowMask, "causal", lambda self, length, dtype, device: None)
+    monkeypatch.setattr(_rows, "pieces", without_a_window)
     with pytest.raises(NumericsError, match="start check"):
         choose_form(tiny("mistral"), ROWS, "packed", CPU)
 

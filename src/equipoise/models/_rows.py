@@ -1,113 +1,169 @@
-"""Packed attention row by row with torch's CPU kernel, as one step of autograd: what a CPU trains with.
+"""Packed attention row by row on a CPU: plain matrix products over blocks of queries, as one step of autograd.
 
-Plain autograd keeps every piece that a kernel was called on: key and value heads repeated for each query head of their
-group, and each reply's copy of the prompt's keys and values. Those are made again in the backward pass here; what is kept
-is what the layer had anyway. Gradients are written where they belong, with no zero-filled tensor for each slice.
+A block of queries sees one run of keys, so its scores are one product and keys beyond the block's last query are not touched.
+Query heads that share a key head are rows of the same product, and nothing is repeated for them. Only queries, keys and values are
+kept for the backward pass, which makes the shares again. Scores and softmax are float32, as in torch's own kernel, which this is
+a fifth faster than in float32 and twice as fast in bfloat16 (two cores, 200 to 450 positions, 64 a head).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 
+from equipoise.models._dense import computed_in
+from equipoise.models._elementwise import wide_dtype
+from equipoise.models.batch import Span
+
 Tensor = torch.Tensor
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+BLOCK = 128
+"""Queries in one product: more waste more of the square above the diagonal, fewer are slow products."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries start … end of a packed sequence, which see keys low … high of their piece.
+
+    bias: [queries, n], added to the scores of the last n of those keys, which not every query sees.
+    """
+
+    start: int
+    end: int
+    low: int
+    high: int
+    bias: Tensor
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Neighbouring queries that are served by one call: positions start … end, which see `prompt` keys from `first`, then themselves.
-
-    bias: additive mask [end - start, keys]; None: plainly causal.
+    """Neighbouring queries start … end that see `prompt` keys from `first` on, then themselves: a row's first reply with its
+    prompt (`prompt` is 0), or a further reply.
     """
 
     first: int
     prompt: int
     start: int
     end: int
-    bias: Tensor | None
+    blocks: tuple[Block, ...]
 
     def of(self, part: Tensor) -> Tensor:
-        """Keys or values [1, H, S, D] as these queries see them."""
-        own = part[:, :, self.start : self.end]
-        return torch.cat([part[:, :, self.first : self.first + self.prompt], own], dim=2) if self.prompt else own
+        """Keys or values [H, S, D] as these queries see them."""
+        own = part[:, self.start : self.end]
+        return torch.cat([part[:, self.first : self.first + self.prompt], own], dim=1) if self.prompt else own
+
+    def add(self, total: Tensor, part: Tensor) -> None:
+        """Add the gradient [H, P + T, D] of what `of` gave to [H, S, D]."""
+        total[:, self.first : self.first + self.prompt] += part[:, : self.prompt]
+        total[:, self.start : self.end] += part[:, self.prompt :]
 
 
-def usable(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
-    """Whether the kernel serves these tensors: it has no dropout, and one head size."""
-    return (
-        query.device.type == "cpu"
-        and dropout == 0.0
-        and query.shape[3] == value.shape[3]
-        and query.dtype == key.dtype == value.dtype
-        and query.stride(3) == key.stride(3) == value.stride(3) == 1
-    )
+def pieces(rows: Sequence[Span], window: int | None, dtype: torch.dtype) -> tuple[Piece, ...]:
+    """The rows cut into pieces and blocks. window: positions a token sees back, itself included. dtype: that of the scores."""
+    made, biases = [], {}
+
+    def piece(first: int, prompt: int, start: int, end: int) -> Piece:
+        count = -(-(end - start) // BLOCK)
+        cuts = [round((end - start) * number / count) for number in range(count + 1)]
+        blocks = []
+        for left, right in pairwise(cuts):
+            position, high = prompt + left, prompt + right
+            low = 0 if window is None else max(0, position - window + 1)
+            # Where a window ends inside the block, every key is seen by some queries only.
+            cut = window is not None and high - low > window
+            key = (right - left, high - low if cut else right - left)
+            if key not in biases:
+                distance = torch.arange(key[0])[:, None] + (key[1] - key[0]) - torch.arange(key[1])
+                seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+                biases[key] = torch.zeros(key, dtype=dtype).masked_fill_(~seen, -torch.inf)
+            blocks.append(Block(start + left, start + right, low, high, biases[key]))
+        return Piece(first, prompt, start, end, tuple(blocks))
+
+    for row in rows:
+        end = row.start + row.prompt + row.branches[0]
+        made.append(piece(row.start, 0, row.start, end))
+        for reply in row.branches[1:]:
+            made.append(piece(row.start, row.prompt, end, end + reply))
+            end += reply
+    return tuple(made)
+
+
+def usable(query: Tensor, dropout: float) -> bool:
+    """Whether a layer is served: on a CPU, without dropout."""
+    return query.device.type == "cpu" and dropout == 0.0
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, cut: Sequence[Piece], scaling: float | None) -> Tensor:
+    """[1, H, S, D], [1, H_kv, S, D], [1, H_kv, S, E] → [1, S, H, E]. Under autocast in its dtype."""
+    dtype = computed_in(query, value)
+    with torch.autocast("cpu", enabled=False):
+        return RowAttention.apply(query.to(dtype), key.to(dtype), value.to(dtype), cut, scaling)  # type: ignore[no-untyped-call]
 
 
 class RowAttention(torch.autograd.Function):
     """Attention of one layer over packed rows."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, calls: Sequence[Piece], scaling: float | None) -> Tensor:
-        """query [1, H, S, D], key and value [1, H_kv, S, D] → [1, S, H, D]."""
-        output = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
-        keys, values, sums = _repeated(key, query), _repeated(value, query), []
-        for call in calls:
-            part, total = _forward(
-                query[:, :, call.start : call.end],
-                call.of(keys),
-                call.of(values),
-                is_causal=call.bias is None,
-                attn_mask=call.bias,
-                scale=scaling,
-            )
-            output[:, call.start : call.end] = part.transpose(1, 2)
-            sums.append(total)
-        ctx.save_for_backward(query, key, value, output, *sums)
-        ctx.calls, ctx.scaling = calls, scaling
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, cut: Sequence[Piece], scaling: float | None) -> Tensor:
+        """query [1, H, S, D], key [1, H_kv, S, D] and value [1, H_kv, S, E] → [1, S, H, E]. scaling: None is 1/√D."""
+        ctx.cut, ctx.scaling = cut, query.shape[3] ** -0.5 if scaling is None else scaling
+        ctx.save_for_backward(query, key, value)
+        heads, output = len(key[0]), query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+        wide, target = key[0].to(wide_dtype(key.dtype)), output[0].transpose(0, 1)
+        for piece in cut:
+            keys, values = piece.of(wide), piece.of(value[0])
+            for block in piece.blocks:
+                shares = _shares(_grouped(query, block, heads).to(wide.dtype), keys, block, ctx.scaling)
+                found = torch.bmm(shares.to(value.dtype), values[:, block.low : block.high])
+                target[:, block.start : block.end] = found.view(query.shape[1], -1, value.shape[3])
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        """Gradients with respect to query, key and value."""
-        query, key, value, output, *sums = ctx.saved_tensors
-        keys, values = _repeated(key, query), _repeated(value, query)
-        given, output = gradients[0].transpose(1, 2), output.transpose(1, 2)
-        to_query, to_keys, to_values = (torch.empty_like(part) for part in (query, keys, values))
-        for call, total in zip(ctx.calls, sums, strict=True):
-            own = slice(call.start, call.end)
-            found = _backward(
-                given[:, :, own],
-                query[:, :, own],
-                call.of(keys),
-                call.of(values),
-                output[:, :, own],
-                total,
-                0.0,
-                call.bias is None,
-                attn_mask=call.bias,
-                scale=ctx.scaling,
-            )
-            to_query[:, :, own] = found[0]
-            for target, part in ((to_keys, found[1]), (to_values, found[2])):
-                target[:, :, own] = part[:, :, call.prompt :]
-                if call.prompt:
-                    target[:, :, call.first : call.first + call.prompt] += part[:, :, : call.prompt]
-        return to_query, _summed(to_keys, key), _summed(to_values, value), None, None
+        """Gradients with respect to query, key and value. With shares p and ∂p = ∂ vᵀ, ∂scores = p · (∂p − Σ p ∂p)."""
+        query, key, value = ctx.saved_tensors
+        heads, given = len(key[0]), gradients[0].transpose(1, 2)
+        wide = key[0].to(wide_dtype(key.dtype))
+        to_query = torch.empty_like(query)
+        to_key, to_value = (torch.zeros(part.shape[1:], dtype=wide.dtype) for part in (key, value))
+        for piece in ctx.cut:
+            keys, values, same = piece.of(wide), piece.of(value[0]), piece.of(key[0])
+            key_part, value_part = torch.zeros_like(keys), torch.zeros(values.shape, dtype=wide.dtype)
+            for block in piece.blocks:
+                seen = slice(block.low, block.high)
+                queries, outer = _grouped(query, block, heads), _grouped(given, block, heads)
+                shares = _shares(queries.to(wide.dtype), keys, block, ctx.scaling)
+                to_shares = torch.bmm(outer, values[:, seen].transpose(1, 2)).to(wide.dtype)
+                to_scores = torch._softmax_backward_data(to_shares, shares, -1, wide.dtype).mul_(ctx.scaling).to(query.dtype)
+                _add_product(value_part[:, seen], shares.to(value.dtype).transpose(1, 2), outer)
+                _add_product(key_part[:, seen], to_scores.transpose(1, 2), queries)
+                found = torch.bmm(to_scores, same[:, seen])
+                to_query[0, :, block.start : block.end] = found.view(query.shape[1], -1, query.shape[3])
+            piece.add(to_key, key_part)
+            piece.add(to_value, value_part)
+        return to_query, to_key[None].to(key.dtype), to_value[None].to(value.dtype), None, None
 
 
-def _repeated(part: Tensor, query: Tensor) -> Tensor:
-    """[1, H_kv, S, D] → [1, H, S, D]: each head once for every query head of its group."""
-    groups = query.shape[1] // part.shape[1]
-    return part.repeat_interleave(groups, dim=1) if groups > 1 else part
+def _grouped(part: Tensor, block: Block, heads: int) -> Tensor:
+    """A block of [1, H, S, D] as [H_kv, H/H_kv · queries, D]: the query heads of a group one below the other."""
+    return part[0, :, block.start : block.end].reshape(heads, -1, part.shape[3])
 
 
-def _summed(gradient: Tensor, part: Tensor) -> Tensor:
-    """[1, H, S, D] → [1, H_kv, S, D]: the gradient of `_repeated`."""
-    groups = gradient.shape[1] // part.shape[1]
-    return gradient.view(1, part.shape[1], groups, *part.shape[2:]).sum(2) if groups > 1 else gradient
+def _shares(queries: Tensor, keys: Tensor, block: Block, scaling: float) -> Tensor:
+    """Softmax of the scaled scores over the keys a block sees: [H_kv, R, D], [H_kv, N, D] → [H_kv, R, high - low]."""
+    scores = torch.bmm(queries, keys[:, block.low : block.high].transpose(1, 2)).mul_(scaling)
+    rows, width = block.bias.shape
+    scores.view(len(scores), -1, rows, scores.shape[2])[..., scores.shape[2] - width :].add_(block.bias)
+    return torch.softmax(scores, -1)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add a product of matrices, unrounded where they are as wide as the total."""
+    if total.dtype == left.dtype:
+        total.baddbmm_(left, right)
+    else:
+        total += torch.bmm(left, right)

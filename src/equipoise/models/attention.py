@@ -1,10 +1,10 @@
 """Attention over packed rows, through transformers' own registries: one attention function, one mask function.
 
 The mask function hands every layer a `RowMask` (how the sequence is cut, and this layer's window) instead of a dense
-mask; the attention function runs SDPA row by row: the prompt with its first reply causally, every further reply
-against the prompt's keys and its own. On a CUDA device one kernel does the same for all rows: torch's variable-length flash
-kernel in 16 bits (`_varlen`), FlexAttention in float32 (`_flex`). Rules are applied on *positions*, so windows reach back into
-the shared prompt.
+mask; the attention function runs row by row: the prompt with its first reply causally, every further reply against the
+prompt's keys and its own. On a CPU that is products over blocks of queries (`_rows`), on a CUDA device one kernel for all rows:
+torch's variable-length flash kernel in 16 bits (`_varlen`), FlexAttention in float32 (`_flex`); elsewhere, and with dropout, SDPA.
+Rules are applied on *positions*, so windows reach back into the shared prompt.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from equipoise.core.errors import NumericsError
 from equipoise.models import _flex, _rows, _varlen
+from equipoise.models._elementwise import wide_dtype
 from equipoise.models._readers import unwatched
 from equipoise.models.batch import Span
 
@@ -28,10 +29,6 @@ NAME = "equipoise_packed"
 
 # What an attention layer may pass that changes the result in a way plain SDPA cannot express.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask", "alibi")
-# torch's CPU kernel is slower in bfloat16 than in float32 up to about this many positions (measured: 10 against 5 ms
-# forward and backward at 160, 5 against 2 ms for 49 queries on 169 keys; 16 against 25 ms at 400).
-SHORT_ROW = 256
-LOW = (torch.bfloat16, torch.float16)
 _current: ContextVar[tuple[Span, ...] | None] = ContextVar("equipoise_rows", default=None)
 
 
@@ -42,7 +39,7 @@ class RowMask:
     rows: tuple[Span, ...]
     window: int | None
     _biases: dict[Any, Tensor | None] = field(default_factory=dict)
-    _calls: dict[torch.dtype, tuple[_rows.Piece, ...]] = field(default_factory=dict)
+    _pieces: dict[torch.dtype, tuple[_rows.Piece, ...]] = field(default_factory=dict)
     _blocks: Any = None
     _layout: _varlen.Layout | None = None
 
@@ -62,18 +59,11 @@ class RowMask:
             return None
         return self.bias(0, length, dtype, device)
 
-    def calls(self, dtype: torch.dtype) -> tuple[_rows.Piece, ...]:
-        """The kernel calls that serve the rows on a CPU: a prompt with its first reply, then every further reply. Kept for all layers."""
-        if dtype not in self._calls:
-            made, cpu = [], torch.device("cpu")
-            for row in self.rows:
-                end = row.start + row.prompt + row.branches[0]
-                made.append(_rows.Piece(row.start, 0, row.start, end, self.causal(end - row.start, dtype, cpu)))
-                for reply in row.branches[1:]:
-                    made.append(_rows.Piece(row.start, row.prompt, end, end + reply, self.bias(row.prompt, reply, dtype, cpu)))
-                    end += reply
-            self._calls[dtype] = tuple(made)
-        return self._calls[dtype]
+    def pieces(self, dtype: torch.dtype) -> tuple[_rows.Piece, ...]:
+        """The rows as blocks of queries, as a CPU reads them. Kept for all layers. dtype: that of the scores."""
+        if dtype not in self._pieces:
+            self._pieces[dtype] = _rows.pieces(self.rows, self.window, dtype)
+        return self._pieces[dtype]
 
     def layout(self, device: torch.device) -> _varlen.Layout:
         """The rows as segments of the variable-length kernel. Kept for all layers, the backward pass and recomputation."""
@@ -162,12 +152,8 @@ def _attention(
         return _varlen.attend(query, key, value, attention_mask.layout(query.device), attention_mask.window, scaling)
     if _flex.usable(query, key, value, dropout):
         return _flex.attend(query, key, value, attention_mask.blocks(query.device), scaling)
-    dtype = query.dtype
-    if query.device.type == "cpu" and dtype in LOW and max(row.length for row in attention_mask.rows) <= SHORT_ROW:
-        query, key, value = query.float(), key.float(), value.float()
-    if _rows.usable(query, key, value, dropout):
-        calls = attention_mask.calls(query.dtype)
-        return _rows.RowAttention.apply(query, key, value, calls, scaling).to(dtype)  # type: ignore[no-untyped-call]
+    if _rows.usable(query, dropout):
+        return _rows.attend(query, key, value, attention_mask.pieces(wide_dtype(query.dtype)), scaling)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -190,7 +176,7 @@ def _attention(
             outputs.append(
                 scaled_dot_product_attention(next(queries), joined_k, joined_v, attn_mask=bias, scale=scaling, dropout_p=dropout)
             )
-    return torch.cat(outputs, dim=2).to(dtype).transpose(1, 2).contiguous()
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
 def _reach(row: Span) -> int:
