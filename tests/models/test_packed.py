@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from equipoise.core.errors import NumericsError
-from equipoise.models import _rows
+from equipoise.models import _dense, _rows
 from equipoise.models._elementwise import EAGER
 from equipoise.models.attention import NAME, attention_of, packed_rows, register
-from equipoise.models.batch import Form, pack
+from equipoise.models.batch import Form, Span, pack
 from equipoise.models.logps import policy_logps, token_logps
 from equipoise.training.start_check import choose_form
 from tests.tiny import DIFFICULT, FAMILIES, row, tiny
@@ -171,3 +171,27 @@ def test_token_logps_gradient() -> None:
     values.sum().backward()
     assert huge.grad is not None
     assert torch.isfinite(huge.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("block", [128, 24])
+def test_row_attention_beside_plain_attention_in_float64(block: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output and gradients, grouped heads, with a window and without."""
+    monkeypatch.setattr(_rows, "BLOCK", block)
+
+    def attend(query: Any, key: Any, value: Any, rows: Any, window: int | None) -> torch.Tensor:
+        return _rows.attend(query, key, value, _rows.pieces(rows, window, torch.float32), None)
+
+    assert _dense.trusted("row attention", attend, 6, 2, 16, dtype, CPU)
+    assert not _dense.trusted("one that forgets the window", lambda *parts: attend(*parts[:4], None), 6, 2, 16, dtype, CPU)
+
+
+def test_row_attention_computes_in_what_autocast_asks_for() -> None:
+    """Rotations leave queries and keys in float32 there."""
+    query, key, value = (torch.randn(1, heads, 9, 8) for heads in (4, 2, 2))
+    cut = _rows.pieces((Span(0, 4, (3, 2)),), None, torch.float32)
+    expected = _rows.attend(query.bfloat16(), key.bfloat16(), value.bfloat16(), cut, None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = _rows.attend(query, key, value.bfloat16(), cut, None)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
