@@ -30,10 +30,11 @@ loading, start check and reference pass. Fitted to the peaks of `benchmarks/vs_t
 LoRA 2.73 GB; estimated 4.23 and 2.51). A GPU's context is taken before its free memory is read."""
 ALLOCATOR_SHARE = {"cpu": 1.0, "cuda": 1.05}
 """Bytes held for a live byte of a step: fragments the allocator cannot give back."""
-MATRIX_SHARE = 0.8
-"""Share of the speed of a large matrix product that the products of a step reach."""
-MOVE_SHARE = 1.0
-"""Share of the memory bandwidth that all other operations of a step reach."""
+MATRIX_SHARE = {"cpu": 0.7, "cuda": 0.8}
+"""Share of the speed of a large matrix product that the products of a step reach. The CPU's are fitted to `benchmarks/plan_error.py`
+(full-512, full-autocast-1024, lora-1024), a GPU's to nothing yet."""
+MOVE_SHARE = {"cpu": 0.7, "cuda": 1.0}
+"""Share of the memory bandwidth that all other operations of a step reach; measured as above."""
 LOAD_SECONDS = 3.0
 """Seconds to load a model and start a stage, whatever it does."""
 BUDGET_STEP = 128
@@ -243,13 +244,13 @@ class Estimator:
     # ---- time
 
     def _seconds(self, flops: float, moved: float) -> float:
-        rate = self.machine.rate(self.settings.dtype, self.settings.bf16)
-        return flops / (rate * MATRIX_SHARE) + moved / (self.machine.bandwidth * MOVE_SHARE)
+        rate = self.machine.rate(self.settings.dtype, self.settings.bf16) * MATRIX_SHARE[self.machine.device]
+        return flops / rate + moved / (self.machine.bandwidth * MOVE_SHARE[self.machine.device])
 
     def _optimizer_seconds(self) -> float:
         trained = [parameter for parameter in self.simulation.parameters if parameter.requires_grad]
         # Clipping reads the gradient twice and writes it; Adam's seven element-wise operations read and write about 20 numbers a weight.
-        return 23 * _bytes(trained) / (self.machine.bandwidth * MOVE_SHARE)
+        return 23 * _bytes(trained) / (self.machine.bandwidth * MOVE_SHARE[self.machine.device])
 
     def _reference(self, step: Footprint, budget: int, tokens: float) -> tuple[float, float]:
         """FLOPs and seconds of the reference: each row once where it is stored, every token trained on where it is live."""
