@@ -95,12 +95,13 @@ def _column(role: str) -> str:
 
 def _objective(job: dict[str, Any]) -> dict[str, Any]:
     """Hyper-parameters that mean the same as TRL's defaults for the method."""
-    return {
+    found: dict[str, dict[str, Any]] = {
         "dpo": {"name": "dpo", "beta": 0.1},
         "sft": {"name": "sft"},
         "orpo": {"name": "orpo"},
         "simpo": {"name": "simpo", "beta": 2.0, "gamma": 1.0},
-    }[job["objective"]]
+    }
+    return found[job["objective"]]
 
 
 # ---- TRL
@@ -161,7 +162,7 @@ def _recipe(job: dict[str, Any], spent: dict[str, float]) -> tuple[Any, Any, dic
     if job["objective"] == "dpo":
         import trl
 
-        class Trainer(trl.DPOTrainer):  # type: ignore[misc]
+        class Trainer(trl.DPOTrainer):
             def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
                 return dataset
 
@@ -189,7 +190,7 @@ def _recipe(job: dict[str, Any], spent: dict[str, float]) -> tuple[Any, Any, dic
 
         special = {"max_length": 4096, "loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 1.0}
 
-    class Tokenised(Base):  # type: ignore[misc]
+    class Tokenised(Base):
         def tokenize_row(self, feature: Any, model: Any = None) -> dict[str, Any]:
             row = rows[int(feature["prompt"])]
             result = _sequence("prompt_", row["prompt"], 0)

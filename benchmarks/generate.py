@@ -46,7 +46,7 @@ def main() -> None:
 
     def sides(mode: str) -> dict[str, Any]:
         theirs = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, "max_new_tokens": options.max_new_tokens}
-        drawn = {"temperature": 1.0, "top_p": 0.95} if mode == "sampling" else {}
+        drawn: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95} if mode == "sampling" else {}
         theirs |= {"do_sample": True, "top_k": 0, **drawn} if drawn else {"do_sample": False}
         sampling = Sampling(max_new_tokens=options.max_new_tokens, **drawn)
         return {

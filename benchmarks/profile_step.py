@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import _common as common
@@ -19,8 +21,8 @@ from ablation import FULL, policy, token_rows
 from vs_trl import matmul_peak, model_weights
 
 GROUPS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
-    "attention": ("scaled_dot_product",),
+    "matrix products": ("aten::mm", "aten::addmm"),
+    "attention": ("RowAttention", "aten::bmm", "aten::baddbmm", "_softmax"),
     "optimizer": ("fused_adamw", "aten::_fused", "foreach_norm", "linalg_vector_norm"),
     "copies": ("aten::cat", "aten::copy_", "aten::fill_", "aten::index", "embedding"),
 }
@@ -32,6 +34,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="pairs, all in one optimizer step")
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast over float32 weights")
     parser.add_argument("--token-budget", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="the JSON object on one line")
@@ -47,6 +50,7 @@ def profile(job: dict[str, Any]) -> dict[str, Any]:
     from equipoise.data.plan import Planner
     from equipoise.models.attention import NAME, attention_of, register
     from equipoise.models.gradients import gradients_in_place
+    from equipoise.models.layers import lean_layers, watching
     from equipoise.models.logps import unwrapped
     from equipoise.objectives._load import build
     from equipoise.reference.build import build as fill
@@ -61,16 +65,22 @@ def profile(job: dict[str, Any]) -> dict[str, Any]:
     keep_freed_memory()
     register()
     library = common.peak_rss_mb()
+    autocast: Any = partial(torch.autocast, "cpu", dtype=torch.bfloat16) if job["dtype"] == "bfloat16" else nullcontext
     model, rows, cpu, budget = policy(job), token_rows(job), torch.device("cpu"), job["token_budget"]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
     with tempfile.TemporaryDirectory() as folder, attention_of(unwrapped(model), NAME):
         for name in ("warming up", "weights"):
-            store = ReferenceStore(folder, Context(name, "none", "float32", "packed"))
-            reference = fill(model, rows, store, "packed", budget, cpu)["seconds"]
+            store = ReferenceStore(folder, Context(name, "none", job["dtype"], "packed"))
+            with lean_layers(model):
+                reference = fill(model, rows, store, "packed", budget, cpu, autocast)["seconds"]
         stream = Stream("main", rows, build({"name": "dpo"}), 1.0, store)
         step = Planner((stream.lengths,), len(rows), budget, shuffle=False).step(0)
-        runner = StepRunner([stream], Forward("packed", cpu), Meters(), lambda loss: loss.backward(), lambda last: gradients_in_place())
+        forward = Forward("packed", cpu, autocast=autocast)
+        if job["dtype"] == "bfloat16":
+            with watching(model), torch.no_grad():  # as the start check does before a run
+                forward.scored(model, stream, [0])
+        runner = StepRunner([stream], forward, Meters(), lambda loss: loss.backward(), lambda last: gradients_in_place())
 
         def once() -> None:
             runner.run(model, step)
@@ -84,7 +94,7 @@ def profile(job: dict[str, Any]) -> dict[str, Any]:
         seconds, memory = time.perf_counter() - begin, common.peak_rss_mb()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
             once()
-    peak = matmul_peak("float32", job["threads"])
+    peak = matmul_peak(job["dtype"], job["threads"], "cpu")
     body, head = model_weights(job["model"])
     unique, replies = sum(row.tokens for row in rows), sum(len(branch.ids) for row in rows for branch in row.branches)
     work = (4 if job["lora"] else 6) * (body * unique + head * replies)

@@ -30,7 +30,7 @@ from equipoise.data.settings import TokeniseSettings
 from equipoise.data.tokenise import prompts_ids
 from equipoise.generation._base import Completion
 from equipoise.models.load import load_causal, load_sequence_classifier, load_tokenizer
-from equipoise.scorers._ratios import LogRatios
+from equipoise.scorers._ratios import LogRatios, Ratio
 from equipoise.scorers.reward_model import RewardModel
 
 BATCH = 8
@@ -135,7 +135,7 @@ def log_ratio(completions: Sequence[Completion], tokenizer: Any, options: argpar
             values += [ours - theirs for ours, theirs in zip(*sums, strict=True)]
         return values
 
-    return _sides(plain, lambda: [ratio.nats for ratio in ratios(completions) if ratio is not None])
+    return _sides(plain, lambda: [ratio.nats for ratio in ratios(completions) if isinstance(ratio, Ratio)])
 
 
 def reply_ids(tokenizer: Any, text: str) -> list[int]:

@@ -144,7 +144,8 @@ class Worker:
     """One side's process. On a CPU every job has a new one: its peak memory is its own, and nothing is left over for the next."""
 
     def __init__(self, device: str) -> None:
-        self.lasting, self._process = device == "cuda", None
+        self.lasting = device == "cuda"
+        self._process: Any = None
         if self.lasting:
             self._start()
 

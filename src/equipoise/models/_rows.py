@@ -165,6 +165,6 @@ def _shares(queries: Tensor, keys: Tensor, block: Block) -> Tensor:
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add a product of matrices, unrounded where they are as wide as the total."""
     if total.dtype == left.dtype:
-        total.baddbmm_(left, right)
+        torch.baddbmm(total, left, right, out=total)
     else:
         total += torch.bmm(left, right)

@@ -1,4 +1,4 @@
-"""RMSNorm and gated MLP layers that keep less for the backward pass: the same numbers forward, a third less memory a token.
+"""RMSNorm, gated MLP and LoRA layers that keep less for the backward pass: the same numbers forward, a third less memory a token.
 
 Autograd keeps every factor of `weight * (x * rstd)` and of `down(silu(gate) * up)`. Ours keep what cannot be had again for
 the price of a multiplication: x and one number a row of a norm, gate and up of an MLP. The product that `down_proj` reads
@@ -22,6 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 from equipoise.models._elementwise import EAGER, Kernels, computing_with
+from equipoise.models._lora import lora_forward
 from equipoise.models._readers import rounded_by_readers, watched
 from equipoise.models._rotary import lean_rotations, noted_rotations
 from equipoise.models.gradients import replaced_forward
@@ -96,10 +97,13 @@ class GatedProduct(torch.autograd.Function):
         return *ctx.kernels.gate_backward(gradients[0], *ctx.saved_tensors), None
 
 
-def _stand_in(module: torch.nn.Module, kernels: Kernels, keep_product: bool) -> Callable[[Tensor], Tensor] | None:
+def _stand_in(module: torch.nn.Module, kernels: Kernels, keep_product: bool) -> Callable[..., Tensor] | None:
     """The forward that can take a layer's place; None where there is none, or where somebody else put one there."""
     if "forward" in vars(module):
         return None
+    adapted = lora_forward(module)
+    if adapted is not None:
+        return adapted
     epsilon = _epsilon(module)
     if epsilon is not None:
         return partial(_norm, module, epsilon, kernels) if _agrees(module, _norm_trial) else None
