@@ -49,9 +49,10 @@ def profile(job: dict[str, Any]) -> dict[str, Any]:
 
     from equipoise.data.plan import Planner
     from equipoise.models.attention import NAME, attention_of, register
+    from equipoise.models.batch import pack
     from equipoise.models.gradients import gradients_in_place
     from equipoise.models.layers import lean_layers, watching
-    from equipoise.models.logps import unwrapped
+    from equipoise.models.logps import policy_logps, unwrapped
     from equipoise.objectives._load import build
     from equipoise.reference.build import build as fill
     from equipoise.reference.key import Context
@@ -70,6 +71,9 @@ def profile(job: dict[str, Any]) -> dict[str, Any]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
     with tempfile.TemporaryDirectory() as folder, attention_of(unwrapped(model), NAME):
+        if job["dtype"] == "bfloat16":
+            with watching(model), torch.no_grad(), autocast():  # as the start check does before a run
+                policy_logps(model, pack(rows[:1]))
         for name in ("warming up", "weights"):
             store = ReferenceStore(folder, Context(name, "none", job["dtype"], "packed"))
             with lean_layers(model):
@@ -77,9 +81,6 @@ def profile(job: dict[str, Any]) -> dict[str, Any]:
         stream = Stream("main", rows, build({"name": "dpo"}), 1.0, store)
         step = Planner((stream.lengths,), len(rows), budget, shuffle=False).step(0)
         forward = Forward("packed", cpu, autocast=autocast)
-        if job["dtype"] == "bfloat16":
-            with watching(model), torch.no_grad():  # as the start check does before a run
-                forward.scored(model, stream, [0])
         runner = StepRunner([stream], forward, Meters(), lambda loss: loss.backward(), lambda last: gradients_in_place())
 
         def once() -> None:

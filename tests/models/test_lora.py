@@ -22,11 +22,11 @@ from tests.tiny import FAMILIES, pairs, tiny
 register()
 
 
-def adapted(**changes: Any) -> Any:
+def adapted(family: str = "llama", **changes: Any) -> Any:
     """A tiny model under adapters that are not zero."""
     torch.manual_seed(0)
     config = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM", **changes)
-    return get_peft_model(tiny("llama"), config).train()
+    return get_peft_model(tiny(family), config).train()
 
 
 def gradients(model: Any, autocast: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,8 +47,10 @@ def as_peft_has_it(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["plain", "dropout"])
-def test_values_and_gradients_are_those_of_peft(dropout: float, as_peft_has_it: Callable[[], None]) -> None:
-    model = adapted(lora_dropout=dropout)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "opt"])
+def test_values_and_gradients_are_those_of_peft(family: str, dropout: float, as_peft_has_it: Callable[[], None]) -> None:
+    """Qwen2's and OPT's linear layers have biases."""
+    model = adapted(family, lora_dropout=dropout)
     values, found = gradients(model)
     as_peft_has_it()
     theirs, expected = gradients(model)
@@ -67,9 +69,7 @@ def test_in_16_bits_no_further_from_float32_than_peft(as_peft_has_it: Callable[[
 
 
 def test_gradcheck() -> None:
-    output, hidden, down, up = (
-        torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 5), (2, 3, 4), (2, 4), (5, 2))
-    )
+    output, hidden, down, up = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5), (3, 4), (2, 4), (5, 2)))
     assert torch.autograd.gradcheck(lambda output, *parts: AddLora.apply(output.clone(), *parts, 1.5), (output, hidden, down, up))
 
 
@@ -81,7 +81,7 @@ def outputs(model: Any, lean: bool) -> torch.Tensor:
             return model(input_ids=torch.arange(7)[None]).logits
 
 
-@pytest.mark.parametrize("kind", ["dora", "bias", "two", "merged", "disabled", "16-bit base"])
+@pytest.mark.parametrize("kind", ["dora", "bias", "two", "merged", "disabled", "16-bit base", "hooks"])
 def test_what_is_more_than_plain_lora_is_left_to_peft(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(use_dora=kind == "dora", lora_bias=kind == "bias").eval()
     if kind == "two":
@@ -91,17 +91,31 @@ def test_what_is_more_than_plain_lora_is_left_to_peft(kind: str, monkeypatch: py
         model.merge_adapter()
     elif kind == "disabled":
         model.base_model.disable_adapter_layers()
+    elif kind == "hooks":
+        for module in model.modules():
+            if hasattr(module, "base_layer"):
+                module.base_layer.register_full_backward_hook(lambda *_: None)
     elif kind == "16-bit base":
         for name, parameter in model.named_parameters():
             if "lora_" not in name:
                 parameter.data = parameter.data.bfloat16()
     expected = outputs(model, lean=False)
+    assert _lora._agrees(), "what is refused below is not the trial"
 
     def refuse(*_: Any) -> None:
         raise AssertionError("ours ran")
 
     monkeypatch.setattr(AddLora, "apply", refuse)
     torch.testing.assert_close(outputs(model, lean=True), expected)
+
+
+def test_the_trial_does_not_depend_on_autocast() -> None:
+    """The start check of a 16-bit run is the first to ask."""
+    model = adapted()
+    _lora._agrees.cache_clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16), lean_layers(model):
+        assert _lora._agrees()
+        assert any("forward" in vars(module) for module in model.modules() if hasattr(module, "base_layer"))
 
 
 def test_adapters_may_be_switched_off_inside() -> None:

@@ -195,3 +195,20 @@ def test_row_attention_computes_in_what_autocast_asks_for() -> None:
         found = _rows.attend(query, key, value.bfloat16(), cut, None)
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, expected)
+
+
+def test_what_values_have_in_common_costs_no_precision() -> None:
+    """A large shared part of all value vectors (a bias, say): queries' gradients do not depend on it, and keep their digits in 16 bits."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, cotangent = (torch.randn(1, heads, 40, 16, generator=generator) for heads in (4, 2, 4))
+    value = torch.randint(-1, 2, (1, 2, 40, 16), generator=generator) / 2  # with 64 more still exact in bfloat16
+    cut = _rows.pieces((Span(0, 10, (17, 13)),), None, torch.float32)
+
+    def gradient(dtype: torch.dtype, shift: float) -> torch.Tensor:
+        parts = [part.to(dtype).requires_grad_() for part in (query, key, value + shift)]
+        output = _rows.attend(*parts, cut, None)
+        return torch.autograd.grad(output, parts[0], cotangent.transpose(1, 2).to(dtype))[0].float()
+
+    exact = gradient(torch.float32, 0.0)
+    for shift in (0.0, 64.0):
+        assert (gradient(torch.bfloat16, shift) - exact).norm() / exact.norm() < 0.02

@@ -22,12 +22,11 @@ class AddLora(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, hidden: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
-        """output [..., O] and hidden [..., I] of one dtype, down (A) [r, I] and up (B) [O, r] of any → output."""
+        """output [S, O] and hidden [S, I] of one dtype, down (A) [r, I] and up (B) [O, r] of any → output."""
         ctx.mark_dirty(output)
-        rows, low_down, low_up = hidden.reshape(-1, hidden.shape[-1]), down.to(hidden.dtype), up.to(hidden.dtype)
-        inner = torch.mm(rows, low_down.t())
-        target = output.view(len(rows), -1)
-        torch.addmm(target, inner, low_up.t(), alpha=scaling, out=target)
+        low_down, low_up = down.to(hidden.dtype), up.to(hidden.dtype)
+        inner = torch.mm(hidden, low_down.t())
+        torch.addmm(output, inner, low_up.t(), alpha=scaling, out=output)
         ctx.save_for_backward(hidden, inner, low_down, low_up)
         ctx.scaling, ctx.dtypes = scaling, (down.dtype, up.dtype)
         return output
@@ -37,13 +36,13 @@ class AddLora(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients with respect to output, hidden, A and B."""
         hidden, inner, down, up = ctx.saved_tensors
+        (given,) = gradients
         _, needs_hidden, needs_down, needs_up, _ = ctx.needs_input_grad
-        given = gradients[0].reshape(len(inner), -1)
         to_inner = torch.mm(given, up).mul_(ctx.scaling)
-        to_hidden = torch.mm(to_inner, down).view(hidden.shape) if needs_hidden else None
-        to_down = torch.mm(to_inner.t(), hidden.reshape(len(inner), -1)).to(ctx.dtypes[0]) if needs_down else None
+        to_hidden = torch.mm(to_inner, down) if needs_hidden else None
+        to_down = torch.mm(to_inner.t(), hidden).to(ctx.dtypes[0]) if needs_down else None
         to_up = torch.mm(given.t(), inner).mul_(ctx.scaling).to(ctx.dtypes[1]) if needs_up else None
-        return gradients[0], to_hidden, to_down, to_up, None
+        return given, to_hidden, to_down, to_up, None
 
 
 def lora_forward(module: torch.nn.Module) -> Callable[..., Tensor] | None:
@@ -57,19 +56,24 @@ def lora_forward(module: torch.nn.Module) -> Callable[..., Tensor] | None:
 def _forward(module: Any, hidden: Tensor, *more: Any, **options: Any) -> Tensor:
     names = [name for name in module.active_adapters if name in module.lora_A]
     plain = not (more or options or module.disable_adapters or module.merged) and len(names) == 1 and names[0] not in module.lora_variant
-    dtype = hidden.dtype
+    base, dtype = module.base_layer, hidden.dtype
     if plain:
         parts = module.lora_A[names[0]], module.lora_B[names[0]]
-        plain = all(type(part) is torch.nn.Linear for part in (module.base_layer, *parts)) and all(part.bias is None for part in parts)
+        plain = all(type(part) is torch.nn.Linear for part in (base, *parts)) and all(part.bias is None for part in parts)
+        # Who hooks into the base layer may keep its output, which is written over here.
+        plain = plain and not (base._forward_hooks or base._backward_hooks or base._backward_pre_hooks)
         if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(hidden.device.type)
         else:
             plain = plain and all(part.weight.dtype == dtype for part in parts)
     if not plain:
         return type(module).forward(module, hidden, *more, **options)
-    output, inputs = module.base_layer(hidden), module.lora_dropout[names[0]](hidden).to(dtype)
+    # As a matrix: of a batch, a base layer with a bias gives a view, and writing into a view costs autograd copies.
+    rows = hidden.flatten(0, -2)
+    output, inputs = base(rows), module.lora_dropout[names[0]](rows).to(dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        return AddLora.apply(output, inputs, *(part.weight for part in parts), module.scaling[names[0]])  # type: ignore[no-untyped-call]
+        added = AddLora.apply(output, inputs, *(part.weight for part in parts), module.scaling[names[0]])  # type: ignore[no-untyped-call]
+    return added.view(*hidden.shape[:-1], added.shape[-1])
 
 
 @cache
@@ -78,7 +82,7 @@ def _agrees() -> bool:
     from peft import LoraConfig
     from peft.tuners.lora.layer import Linear
 
-    with _disable_current_modes(), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with _disable_current_modes(), torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
         torch.manual_seed(0)
         try:
             settings = LoraConfig(r=2, lora_alpha=3, init_lora_weights=False)

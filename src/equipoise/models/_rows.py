@@ -124,7 +124,10 @@ class RowAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        """Gradients with respect to query, key and value. With shares p and ∂p = ∂ vᵀ, ∂scores = p · (∂p − Σ p ∂p)."""
+        """Gradients with respect to query, key and value. With shares p and ∂p = ∂ vᵀ, ∂scores = p · (∂p − Σ p ∂p).
+
+        In 16 bits ∂p is rounded before its mean is taken off, so what all values have in common is taken off them first.
+        """
         query, key, value = ctx.saved_tensors
         heads, given = len(key[0]), gradients[0].transpose(1, 2)
         scaled = key[0].to(wide_dtype(key.dtype)) * ctx.scaling
@@ -132,7 +135,7 @@ class RowAttention(torch.autograd.Function):
         to_query = torch.empty_like(query)
         to_key, to_value = (torch.zeros(part.shape[1:], dtype=wide) for part in (key, value))
         for piece in ctx.cut:
-            keys, values, same = piece.of(scaled), piece.of(value[0]), piece.of(low)
+            keys, values, same = piece.of(scaled), _centred(piece.of(value[0]), wide), piece.of(low)
             key_part, value_part = torch.zeros_like(keys), torch.zeros(values.shape, dtype=wide)
             for block in piece.blocks:
                 seen = slice(block.low, block.high)
@@ -160,6 +163,14 @@ def _shares(queries: Tensor, keys: Tensor, block: Block) -> Tensor:
     rows, width = block.bias.shape
     scores.view(len(scores), -1, rows, scores.shape[2])[..., scores.shape[2] - width :].add_(block.bias)
     return torch.softmax(scores, -1)
+
+
+def _centred(values: Tensor, wide: torch.dtype) -> Tensor:
+    """Values [H, N, E] less their mean over N where they are narrower: ∂scores are the same, and less of them is rounded away."""
+    if values.dtype == wide:
+        return values
+    widened = values.to(wide)
+    return widened.sub_(widened.mean(1, keepdim=True)).to(values.dtype)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

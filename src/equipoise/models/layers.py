@@ -156,7 +156,7 @@ def _agrees(module: torch.nn.Module, trials: Callable[[torch.nn.Module], list[Tr
     run does not.
     """
     if module not in _known:
-        with _disable_current_modes(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        with _disable_current_modes(), torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
             torch.manual_seed(0)
             try:
                 _known[module] = all(_same(type(module).forward(small, hidden), ours(hidden)) for small, hidden, ours in trials(module))

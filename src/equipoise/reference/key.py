@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from equipoise.core.files import fingerprint
 
 # Raised by hand whenever the way log-probs are computed changes their values: old stores are then not read.
-NUMERICS = 1
+NUMERICS = 2
 
 
 @dataclass(frozen=True, slots=True)
