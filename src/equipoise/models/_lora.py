@@ -55,7 +55,8 @@ def lora_forward(module: torch.nn.Module) -> Callable[..., Tensor] | None:
 
 def _forward(module: Any, hidden: Tensor, *more: Any, **options: Any) -> Tensor:
     names = [name for name in module.active_adapters if name in module.lora_A]
-    plain = not (more or options or module.disable_adapters or module.merged) and len(names) == 1 and names[0] not in module.lora_variant
+    plain = hidden.ndim > 1 and not (more or options or module.disable_adapters or module.merged)
+    plain = plain and len(names) == 1 and names[0] not in module.lora_variant
     base, dtype = module.base_layer, hidden.dtype
     if plain:
         parts = module.lora_A[names[0]], module.lora_B[names[0]]

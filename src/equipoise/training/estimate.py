@@ -26,8 +26,8 @@ from equipoise.training.settings import TrainSettings
 
 LIBRARY_BYTES = {"cpu": 1_050_000_000, "cuda": 0}
 """Resident beside what lives: 0.55 GB after importing torch, transformers, PEFT and the Trainer, and what the kept heap holds on to after
-loading, start check and reference pass. Fitted to the peaks of `benchmarks/vs_trl.py` (SmolLM2-135M, 512 tokens: all weights 4.22 GB,
-LoRA 2.73 GB; estimated 4.23 and 2.51). A GPU's context is taken before its free memory is read."""
+loading, start check and reference pass. `benchmarks/plan_error.py` (SmolLM2-135M, 512 tokens): all weights 3.65 GB estimated, 3.57 taken;
+LoRA 2.12 and 2.09. A GPU's context is taken before its free memory is read."""
 ALLOCATOR_SHARE = {"cpu": 1.0, "cuda": 1.05}
 """Bytes held for a live byte of a step: fragments the allocator cannot give back."""
 MATRIX_SHARE = {"cpu": 0.7, "cuda": 0.8}
