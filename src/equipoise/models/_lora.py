@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
+
+from equipoise.models.heads import forward_dtype
 
 Tensor = torch.Tensor
 
@@ -45,50 +46,45 @@ class AddLora(torch.autograd.Function):
         return given, to_hidden, to_down, to_up, None
 
 
-def lora_forward(module: torch.nn.Module) -> Callable[..., Tensor] | None:
-    """The forward that can take the place of an adapted linear layer's; None where there is none."""
+def is_lora(module: torch.nn.Module) -> bool:
+    """Whether a module is PEFT's adapted linear layer; its 4-bit and other kinds are classes of their own."""
     peft = sys.modules.get("peft.tuners.lora.layer")  # without it no layer is adapted
-    if peft is None or type(module) is not peft.Linear or not _agrees():
-        return None
-    return partial(_forward, module)
+    return peft is not None and type(module) is peft.Linear
 
 
-def _forward(module: Any, hidden: Tensor, *more: Any, **options: Any) -> Tensor:
-    names = [name for name in module.active_adapters if name in module.lora_A]
-    plain = hidden.ndim > 1 and not (more or options or module.disable_adapters or module.merged)
-    plain = plain and len(names) == 1 and names[0] not in module.lora_variant
-    base, dtype = module.base_layer, hidden.dtype
-    if plain:
-        parts = module.lora_A[names[0]], module.lora_B[names[0]]
-        plain = all(type(part) is torch.nn.Linear for part in (base, *parts)) and all(part.bias is None for part in parts)
-        # Who hooks into the base layer may keep its output, which is written over here.
-        plain = plain and not (base._forward_hooks or base._backward_hooks or base._backward_pre_hooks)
-        if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-        else:
-            plain = plain and all(part.weight.dtype == dtype for part in parts)
-    if not plain:
+def lora(module: Any, hidden: Tensor, *more: Any, **options: Any) -> Tensor:
+    """What PEFT's layer gives, by `AddLora` where it is plain LoRA."""
+    name = None if more or options else _adapter(module, hidden)
+    if name is None:
         return type(module).forward(module, hidden, *more, **options)
     # As a matrix: of a batch, a base layer with a bias gives a view, and writing into a view costs autograd copies.
     rows = hidden.flatten(0, -2)
-    output, inputs = base(rows), module.lora_dropout[names[0]](rows).to(dtype)
+    output, inputs = module.base_layer(rows), module.lora_dropout[name](rows).to(forward_dtype(hidden))
+    weights = module.lora_A[name].weight, module.lora_B[name].weight
     with torch.autocast(hidden.device.type, enabled=False):
-        added = AddLora.apply(output, inputs, *(part.weight for part in parts), module.scaling[names[0]])  # type: ignore[no-untyped-call]
+        added = AddLora.apply(output, inputs, *weights, module.scaling[name])  # type: ignore[no-untyped-call]
     return added.view(*hidden.shape[:-1], added.shape[-1])
 
 
-@cache
-def _agrees() -> bool:
-    """Whether PEFT's layer computes what ours does, on small random weights."""
+def lora_trial(_: torch.nn.Module) -> list[tuple[Any, Tensor, Callable[[Tensor], Tensor]]]:
+    """A small layer under an adapter that is not zero."""
     from peft import LoraConfig
     from peft.tuners.lora.layer import Linear
 
-    with _disable_current_modes(), torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        torch.manual_seed(0)
-        try:
-            settings = LoraConfig(r=2, lora_alpha=3, init_lora_weights=False)
-            layer = Linear(torch.nn.Linear(4, 6), "trial", settings, r=2, lora_alpha=3, init_lora_weights=False)
-            hidden = torch.randn(3, 4)
-            return torch.allclose(_forward(layer, hidden), type(layer).forward(layer, hidden), rtol=1e-5, atol=1e-6)
-        except Exception:  # another version's layer may want anything else; it is left alone then
-            return False
+    settings = LoraConfig(r=2, lora_alpha=3, init_lora_weights=False)
+    layer = Linear(torch.nn.Linear(4, 6), "trial", settings, r=2, lora_alpha=3, init_lora_weights=False)
+    return [(layer, torch.randn(3, 4), partial(lora, layer))]
+
+
+def _adapter(module: Any, hidden: Tensor) -> str | None:
+    """The one adapter at work, where it is plain LoRA on a plain layer in one dtype; None for all that is left to PEFT."""
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    if module.disable_adapters or module.merged or hidden.ndim < 2 or len(names) != 1 or names[0] in module.lora_variant:
+        return None
+    base, *parts = module.base_layer, module.lora_A[names[0]], module.lora_B[names[0]]
+    if any(type(part) is not torch.nn.Linear for part in (base, *parts)) or any(part.bias is not None for part in parts):
+        return None
+    if base._forward_hooks or base._backward_hooks or base._backward_pre_hooks:
+        return None  # who hooks into the base layer may keep its output, which would be written over
+    mixed = any(part.weight.dtype != hidden.dtype for part in parts)
+    return None if mixed and not torch.is_autocast_enabled(hidden.device.type) else names[0]

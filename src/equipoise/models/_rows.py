@@ -131,11 +131,12 @@ class RowAttention(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         heads, given = len(key[0]), gradients[0].transpose(1, 2)
         scaled = key[0].to(wide_dtype(key.dtype)) * ctx.scaling
-        wide, low = scaled.dtype, scaled.to(key.dtype)
+        wide = scaled.dtype
         to_query = torch.empty_like(query)
         to_key, to_value = (torch.zeros(part.shape[1:], dtype=wide) for part in (key, value))
         for piece in ctx.cut:
-            keys, values, same = piece.of(scaled), _centred(piece.of(value[0]), wide), piece.of(low)
+            keys, values = piece.of(scaled), _centred(piece.of(value[0]), wide)
+            low_keys = keys.to(key.dtype)
             key_part, value_part = torch.zeros_like(keys), torch.zeros(values.shape, dtype=wide)
             for block in piece.blocks:
                 seen = slice(block.low, block.high)
@@ -145,7 +146,7 @@ class RowAttention(torch.autograd.Function):
                 to_scores = torch._softmax_backward_data(to_shares, shares, -1, wide).to(query.dtype)
                 _add_product(value_part[:, seen], shares.to(value.dtype).transpose(1, 2), outer)
                 _add_product(key_part[:, seen], to_scores.transpose(1, 2), queries)
-                found = torch.bmm(to_scores, same[:, seen])
+                found = torch.bmm(to_scores, low_keys[:, seen])
                 to_query[0, :, block.start : block.end] = found.view(query.shape[1], -1, query.shape[3])
             piece.add(to_key, key_part)
             piece.add(to_value, value_part)

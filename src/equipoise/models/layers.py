@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 from equipoise.models._elementwise import EAGER, Kernels, computing_with
-from equipoise.models._lora import lora_forward
+from equipoise.models._lora import is_lora, lora, lora_trial
 from equipoise.models._readers import rounded_by_readers, watched
 from equipoise.models._rotary import lean_rotations, noted_rotations
 from equipoise.models.gradients import replaced_forward
@@ -101,9 +101,8 @@ def _stand_in(module: torch.nn.Module, kernels: Kernels, keep_product: bool) -> 
     """The forward that can take a layer's place; None where there is none, or where somebody else put one there."""
     if "forward" in vars(module):
         return None
-    adapted = lora_forward(module)
-    if adapted is not None:
-        return adapted
+    if is_lora(module):
+        return partial(lora, module) if _agrees(module, lora_trial, _close) else None
     epsilon = _epsilon(module)
     if epsilon is not None:
         return partial(_norm, module, epsilon, kernels) if _agrees(module, _norm_trial) else None
@@ -151,22 +150,27 @@ _known: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 Trial = tuple[Any, Tensor, Callable[[Tensor], Tensor]]
 
 
-def _agrees(module: torch.nn.Module, trials: Callable[[torch.nn.Module], list[Trial]]) -> bool:
-    """Whether a layer's own forward gives the very numbers of ours, dtype included, on small random weights; one that cannot be
-    run does not.
+def _same(expected: Any, found: Tensor) -> bool:
+    return isinstance(expected, Tensor) and expected.dtype == found.dtype and torch.equal(expected, found)
+
+
+def _close(expected: Any, found: Tensor) -> bool:
+    return torch.allclose(expected, found, rtol=1e-5, atol=1e-6)
+
+
+def _agrees(module: torch.nn.Module, trials: Callable[[torch.nn.Module], list[Trial]], same: Callable[[Any, Tensor], bool] = _same) -> bool:
+    """Whether a layer's own forward gives the numbers of ours on small random weights; one that cannot be run does not.
+
+    same: what counts as agreement: the same bits and dtype, or close numbers.
     """
     if module not in _known:
         with _disable_current_modes(), torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
             torch.manual_seed(0)
             try:
-                _known[module] = all(_same(type(module).forward(small, hidden), ours(hidden)) for small, hidden, ours in trials(module))
+                _known[module] = all(same(type(module).forward(small, hidden), ours(hidden)) for small, hidden, ours in trials(module))
             except Exception:  # a family's layer may want anything else; it is left alone then
                 _known[module] = False
     return _known[module]
-
-
-def _same(expected: Any, found: Tensor) -> bool:
-    return isinstance(expected, Tensor) and expected.dtype == found.dtype and torch.equal(expected, found)
 
 
 def _norm_trial(module: torch.nn.Module) -> list[Trial]:
