@@ -125,7 +125,8 @@ def test_flops_of_linear_layers_are_two_a_weight_and_token():
     layers = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32)
     assert footprint.forward_flops >= 2 * (5 * layers + 96 * 32)
     # Scores and values: 2 · 5 · 5 · 32 each in both layers, where the counter knows the kernel.
-    assert footprint.forward_flops <= 2 * (5 * layers + 96 * 32) + 2 * 2 * (2 * 5 * 5 * 32)
+    # Angles of rotary positions, a product of 4 frequencies and 5 positions in some versions of transformers: 2 · 4 · 5.
+    assert footprint.forward_flops <= 2 * (5 * layers + 96 * 32) + 2 * 2 * (2 * 5 * 5 * 32) + 2 * 4 * 5
 
 
 def test_families_whose_attention_cannot_be_replaced_count_padded_rows():

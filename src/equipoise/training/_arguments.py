@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from transformers import TrainingArguments
 
 from equipoise.training._ranks import on_cpu
@@ -14,7 +15,7 @@ def training_arguments(settings: TrainSettings, folder: Path, dev: bool) -> Trai
     """The library's arguments for a run in `folder`; dev: whether dev rows are told figures of while training."""
     # transformers is renaming it, and warns whenever the old name is spoken.
     recompute = "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1,
@@ -45,3 +46,8 @@ def training_arguments(settings: TrainSettings, folder: Path, dev: bool) -> Trai
         disable_tqdm=True,
         **({recompute: True, f"{recompute}_kwargs": {"use_reentrant": False}} if settings.gradient_checkpointing else {}),
     )
+    if arguments.device.type == "cpu":
+        # Among several processes accelerate numbers the CPU (cpu:0). torch restores nothing to a numbered one, and transformers
+        # 5.17 asks it to when a run is resumed.
+        vars(arguments)["_setup_devices"] = torch.device("cpu")
+    return arguments
