@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from equipoise.core.errors import NumericsError
 from equipoise.data.plan import Planner
@@ -21,6 +22,7 @@ from equipoise.reference.build import build as build_store
 from equipoise.reference.key import Context
 from equipoise.reference.live import LiveReference
 from equipoise.reference.store import ReferenceStore
+from equipoise.training import _step as step_module
 from equipoise.training._step import StepRunner
 from equipoise.training._streams import Forward, Stream
 from equipoise.training.meters import Meters
@@ -206,3 +208,67 @@ def test_idle_micro_batches_change_nothing(tmp_path: Path) -> None:
     # DDP averages over ranks.
     mean = (gradients[0] + gradients[1]) / 2
     assert (mean - whole).norm() / whole.norm() < 2e-6
+
+
+# ---- rounding to 16 bits
+
+
+class Roundings(TorchDispatchMode):
+    """How often a float32 matrix of a shape became a bfloat16 one."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and tuple(args[0].shape) == self.shape:
+            self.count += args[0].dtype == torch.float32 and result.dtype == torch.bfloat16
+        return result
+
+
+def in_bfloat16(model: Any, stream: Stream) -> tuple[torch.Tensor, int, int]:
+    """Gradient of one step under autocast, how often the two layers' four 32 × 32 weights were rounded, and its micro-batches."""
+    planner = Planner((stream.lengths,), len(stream.rows), 40, shuffle=False)
+    forward = Forward("packed", CPU, autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    runner = StepRunner([stream], forward, Meters(), backward=lambda loss: loss.backward(), sync=lambda last: nullcontext())
+    step = planner.step(0)
+    with attention_of(model, NAME), Roundings((32, 32)) as roundings:
+        runner.run(model, step)
+    gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+    model.zero_grad()
+    return gradient, roundings.count, len(step.ranks[0])
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_a_step_rounds_each_weight_once_and_the_gradient_is_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KTO's first pass is without gradient: what it rounded must not be what the second learns through."""
+    objective = build({"name": name})
+    rows = labelled(*objective.needs.roles) if name == "kto" else pairs()
+    stream = Stream("main", rows, objective, store=store_for(rows, tmp_path))
+    model = tiny(seed=3)
+    found, count, micro_batches = in_bfloat16(model, stream)
+    assert micro_batches > 2
+    assert count == 4
+    with monkeypatch.context() as patched:
+        patched.setattr(step_module, "rounded_once", lambda *_: nullcontext())
+        expected, every_time, _ = in_bfloat16(model, stream)
+    assert every_time == 4 * micro_batches * (1 + objective.needs.coupled)
+    assert torch.equal(found, expected)
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    moved, _, _ = in_bfloat16(model, stream)
+    fresh = tiny(seed=3)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(moved, in_bfloat16(fresh, stream)[0])
+    assert not torch.equal(moved, found)
+
+
+def test_a_reference_pass_rounds_each_weight_once(tmp_path: Path) -> None:
+    model, rows = tiny(seed=3), pairs()
+    store = ReferenceStore(tmp_path, Context("seed 3", "none", "bfloat16", "packed/cpu"))
+    with attention_of(model, NAME), Roundings((32, 32)) as roundings:
+        build_store(model, rows, store, "packed", 40, CPU, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    assert roundings.count == 4

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import _disable_current_modes
 
 from equipoise.models._elementwise import EAGER, Kernels, computing_with
@@ -50,6 +51,18 @@ def lean_layers(model: Any, kernels: Kernels = EAGER) -> Iterator[None]:
             forward = _stand_in(module, kernels, keep_product=checkpointed)
             if forward is not None:
                 stack.enter_context(replaced_forward(module, forward))
+        yield
+
+
+@contextmanager
+def rounded_once(model: Any, device: torch.device) -> Iterator[None]:
+    """Within this block autocast rounds a trained weight to 16 bits once, not in every forward pass. Weights must not change in it.
+
+    Autocast keeps what it has rounded until the outermost of its blocks ends. This is one around them all, itself switched off, so
+    that what runs outside a forward pass computes as ever. Not for weights that FSDP2 puts together only while a layer runs.
+    """
+    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+    with nullcontext() if sharded or not torch.amp.is_autocast_available(device.type) else torch.autocast(device.type, enabled=False):
         yield
 
 

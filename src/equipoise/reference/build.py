@@ -15,6 +15,7 @@ from equipoise.core.progress import bar
 from equipoise.data.plan import MicroBatch, Planner
 from equipoise.data.rows import TokenRow
 from equipoise.models.batch import Form, pack
+from equipoise.models.layers import rounded_once
 from equipoise.models.logps import evaluating, policy_logps
 from equipoise.reference.store import ReferenceStore, Values
 
@@ -82,7 +83,7 @@ def build(
     waiting: list[TokenRow] = []
     values: list[list[Values]] = []
     tokens = 0
-    with bar(title, len(lacking) / world_size) as progress:
+    with bar(title, len(lacking) / world_size) as progress, rounded_once(model, device):
         mine = planner.all_rows(0, rank)
         for micro in mine if world_size == 1 else levelled(mine, MicroBatch(0, (0,), idle=True)):
             chosen = [lacking[index] for index in micro.rows]

@@ -15,7 +15,7 @@ import torch
 
 from equipoise.core.errors import NumericsError
 from equipoise.data.plan import MicroBatch, Step
-from equipoise.models.layers import lean_layers
+from equipoise.models.layers import lean_layers, rounded_once
 from equipoise.objectives._base import Losses, Scored
 from equipoise.training._streams import Forward, Stream, detached, join, row_names
 from equipoise.training.meters import Meters
@@ -52,7 +52,7 @@ class StepRunner:
         Gradients of ranks are averaged by DDP, so each rank's loss carries the factor `world_size`.
         Raises NumericsError naming the rows of a loss that is not finite.
         """
-        with lean_layers(model, self.forward.kernels):
+        with lean_layers(model, self.forward.kernels), rounded_once(model, self.forward.device):
             return self._run(model, step)
 
     def _run(self, model: Any, step: Step) -> Tensor:

@@ -20,6 +20,7 @@ from equipoise.core.errors import UsageError
 from equipoise.core.files import JsonlAppender, write_jsonl
 from equipoise.core.progress import Bar
 from equipoise.data.plan import MicroBatch, Planner, Step
+from equipoise.models.layers import rounded_once
 from equipoise.reference.build import levelled
 from equipoise.training._step import StepRunner
 from equipoise.training._streams import Forward, Stream, detached, join
@@ -136,7 +137,7 @@ class PreferenceTrainer(ShardedCheckpoints):
     def _evaluate_stream(self, model: Any, index: int, stream: Stream) -> tuple[float, dict[str, float]]:
         assert self.dev_planner is not None
         parts, counts = [], 0.0
-        with torch.no_grad():
+        with torch.no_grad(), rounded_once(model, self.forward.device):
             for micro in levelled(self.dev_planner.all_rows(index, self.args.process_index), MicroBatch(index, (0,), idle=True)):
                 scored = detached(self.forward.scored(model, stream, micro.rows)[0])
                 if not micro.idle:
