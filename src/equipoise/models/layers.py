@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -54,16 +54,16 @@ def lean_layers(model: Any, kernels: Kernels = EAGER) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def rounded_once(model: Any, device: torch.device) -> Iterator[None]:
+def rounded_once(model: Any, device: torch.device) -> AbstractContextManager[Any]:
     """Within this block autocast rounds a trained weight to 16 bits once, not in every forward pass. Weights must not change in it.
 
     Autocast keeps what it has rounded until the outermost of its blocks ends. This is one around them all, itself switched off, so
     that what runs outside a forward pass computes as ever. Not for weights that FSDP2 puts together only while a layer runs.
     """
     sharded = any(isinstance(module, FSDPModule) for module in model.modules())
-    with nullcontext() if sharded or not torch.amp.is_autocast_available(device.type) else torch.autocast(device.type, enabled=False):
-        yield
+    if sharded or not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 @contextmanager
