@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from equipoise.core.errors import UsageError
+from equipoise.evaluation import power
 from equipoise.study._cost import forward_flops, parameters_of, readable, train_flops
 from equipoise.study._graph import build_graph
+from equipoise.study._sizes import detectable_differences
 from equipoise.study.plan import check_budget, plan_study
 from equipoise.study.settings import StudySettings, bundled, load_study
 from equipoise.training.machine import Machine
@@ -238,6 +240,23 @@ def test_the_smallest_detectable_difference_is_said_beforehand(values):
     assert mean["difference"] == pytest.approx((1.959964 + 0.841621) / math.sqrt(3), rel=1e-5)
     # Three prompts can never reach p < 0.05 in an exact McNemar test (smallest p is 2 / 2³).
     assert rate["difference"] is None
+
+
+def test_plan_and_evaluation_say_one_smallest_difference(values):
+    """Two samples with their own sizes, and the study's own alpha: what `evaluate` would say before a run."""
+    values["primary"] = [{"a": "dpo", "b": "base", "metric": "cas"}]
+    values["evaluation"]["settings"] = {"alpha": 0.2}
+    counts = {"helpful": 100, "harmful": 20}
+    (found,) = detectable_differences(make(values), counts)
+    (expected,) = power.detectable_differences(counts, alpha=0.2, names=["cas"])
+    assert found == {"a": "dpo", "b": "base", **expected}
+    assert found["n"] == 120
+
+
+def test_a_mistyped_setting_of_the_evaluation_is_said_before_the_run(values):
+    values["evaluation"]["settings"] = {"resample": 2000}
+    with pytest.raises(UsageError, match=r"evaluation.settings: Unknown setting 'resample'.*resamples"):
+        plan_study(make(values), machine=MACHINE)
 
 
 def test_prompts_that_stand_twice_are_asked_once_and_limits_hold(values, files):

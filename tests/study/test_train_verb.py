@@ -17,16 +17,17 @@ from typing import ClassVar
 from equipoise.objectives._base import Losses, Needs, Objective, Scored
 
 
-class Two(Objective):
-    """Two nats a pair, plus nothing."""
+class Fixed(Objective):
+    """The same nats for every pair."""
 
     paper: ClassVar[str] = "none"
     departures: ClassVar[str] = "none"
     needs: ClassVar[Needs] = Needs(roles=("chosen", "rejected"))
+    nats: float = 2.0
 
     def __call__(self, scored: Scored) -> Losses:
-        """Two, with a gradient of zero."""
-        return Losses(2 + 0 * scored.side("chosen").policy_logps())
+        """With a gradient of zero."""
+        return Losses(self.nats + 0 * scored.side("chosen").policy_logps())
 '''
 
 
@@ -71,6 +72,26 @@ def test_an_objective_file_is_used(arguments, tmp_path, capsys):
     file.write_text(OWN, encoding="utf-8")
     assert main([*arguments, "--objective-file", str(file)]) == 0
     assert json.loads(capsys.readouterr().out)["results"]["train_loss"] == pytest.approx(2.0)
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert settings["streams"][0]["objective"] == {"name": "mine", "file": str(file)}
+
+
+def test_an_objective_file_takes_hyper_parameters(arguments, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(OWN, encoding="utf-8")
+    assert main([*arguments, "--objective-file", str(file), "--set", "streams.0.objective.nats=3"]) == 0
+    assert json.loads(capsys.readouterr().out)["results"]["train_loss"] == pytest.approx(3.0)
+
+
+def test_an_edited_objective_file_is_not_taken_for_the_one_that_was_trained(arguments, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(OWN, encoding="utf-8")
+    assert main([*arguments, "--objective-file", str(file)]) == 0
+    file.write_text(OWN.replace("nats: float = 2.0", "nats: float = 4.0"), encoding="utf-8")
+    assert main([*arguments, "--objective-file", str(file)]) != 0
+    assert "objective main" in capsys.readouterr().err
+    assert main([*arguments, "--objective-file", str(file), "--overwrite"]) == 0
+    assert json.loads(capsys.readouterr().out)["results"]["train_loss"] == pytest.approx(4.0)
 
 
 def test_a_plan_that_does_not_fit_is_exit_code_1_with_ways_out(arguments, monkeypatch, capsys):

@@ -102,11 +102,10 @@ def _show(planned: dict[str, Any]) -> None:
         spent = [(arm, *(_count(figures[unit], True) for unit in units)) for arm, figures in budget["arms"].items()]
         table(f"Budget of one seed (equal in: {budget['equal']})", ("arm", "pairs", "tokens", "FLOPs"), spent)
     if planned["detectable"]:
-        title = "Smallest difference that would be seen (80 % power, two-sided 5 %)"
         seen = [
             (f"{row['a']} - {row['b']}", row["metric"], row["n"], _figure(row["difference"]), row["unit"]) for row in planned["detectable"]
         ]
-        table(title, ("contrast", "metric", "n", "difference", "unit"), seen)
+        table("Smallest difference that would be seen", ("contrast", "metric", "n", "difference", "unit"), seen)
     for warning in planned["warnings"]:
         line(f"note: {warning}")
     line(f"estimated time in all: {readable(planned['seconds'])}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +12,6 @@ import typer
 from equipoise.cli._output import Config, Json, Overwrite, Set, emit_json, line, table
 
 if TYPE_CHECKING:
-    from equipoise.objectives._base import Objective
     from equipoise.training.settings import TrainSettings
 
 OutputDir = Annotated[str | None, typer.Option("--output-dir", help="stage folder (default: runs/train)")]
@@ -22,7 +22,7 @@ def run(
     overrides: Set = None,
     output_dir: OutputDir = None,
     plan: Annotated[bool, typer.Option("--plan", help="print rows, tokens, steps, estimated memory and time, and train nothing")] = False,
-    objective_file: Annotated[str | None, typer.Option("--objective-file", help="a Python file with your own objective")] = None,
+    objective_file: Annotated[str | None, typer.Option("--objective-file", help="a Python file with your own objective, in place of the first stream's")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -38,12 +38,13 @@ def run(
     if "streams" not in values:
         # So that --set streams.0.… has a first stream to change.
         values["streams"] = [StreamSettings().resolved() | {"data": {}}]
+    if objective_file is not None:
+        values["streams"][0]["objective"] = {"name": Path(objective_file).stem, "file": objective_file}
     if output_dir is not None:
         values["output_dir"] = output_dir
     settings = TrainSettings.make(values, overrides or (), config or "")
-    objective = _objective(objective_file)
     if plan:
-        found = planned(settings, objective)
+        found = planned(settings)
         _show(found, as_json)
         if found["problem"]:
             say(found["problem"])
@@ -51,7 +52,7 @@ def run(
         return
     from equipoise.training.fit import fit
 
-    done = fit(settings, objective=objective, overwrite=overwrite)
+    done = fit(settings, overwrite=overwrite)
     if os.environ.get("RANK", "0") != "0":
         return  # one of several processes: the first speaks for all
     if as_json:
@@ -60,7 +61,7 @@ def run(
     line(f"{'was already done' if done.skipped else f'done in {done.seconds:.0f} s'}: {done.folder}")
 
 
-def planned(settings: TrainSettings, objective: Objective | None = None) -> dict[str, Any]:
+def planned(settings: TrainSettings) -> dict[str, Any]:
     """What a training stage would do: rows and tokens of every stream, steps, FLOPs, peak memory and seconds on this machine."""
     from equipoise.models.load import load_tokenizer
     from equipoise.objectives._load import build
@@ -72,8 +73,6 @@ def planned(settings: TrainSettings, objective: Objective | None = None) -> dict
 
     check_recipe(settings)
     objectives = [build(stream.objective) for stream in settings.streams]
-    if objective is not None:
-        objectives[0] = objective
     train, _ = make_streams(settings, objectives, load_tokenizer(settings.model_name_or_path), None, None)
     batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     rows = [len(given.rows) for given in train]
@@ -99,14 +98,6 @@ def planned(settings: TrainSettings, objective: Objective | None = None) -> dict
         "problem": None if fits else does_not_fit(found.memory, machine, settings),
         "machine": machine.as_json(),
     }
-
-
-def _objective(path: str | None) -> Objective | None:
-    if path is None:
-        return None
-    from equipoise.objectives._load import class_from_file
-
-    return class_from_file(path)()
 
 
 def _show(plan: dict[str, Any], as_json: bool) -> None:

@@ -161,15 +161,13 @@ def file_sha256(path: str | Path) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON for what our settings and results hold: paths, tuples, numpy scalars, pydantic models, mappings."""
+    """JSON for what our settings and results hold: paths, tuples, numpy scalars and arrays, pydantic models, mappings."""
     if isinstance(value, Path):
         return str(value)
     dump: Callable[..., Any] | None = getattr(value, "model_dump", None)
     if dump is not None:
         return dump(mode="json")
-    if hasattr(value, "item"):
-        return value.item()
-    if hasattr(value, "tolist"):
+    if hasattr(value, "tolist"):  # an array, or a scalar of one
         return value.tolist()
     if isinstance(value, (set, frozenset)):
         return sorted(value)

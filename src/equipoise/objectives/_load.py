@@ -27,7 +27,10 @@ def load_class(name: str) -> type[Objective]:
 
 
 def build(spec: Mapping[str, Any]) -> Objective:
-    """An objective from `{"name": "dpo", "beta": 0.1}`. Raises UsageError for unknown or out-of-range values."""
+    """An objective from `{"name": "dpo", "beta": 0.1}`, or of the user's own: `{"name": "squared", "file": "squared.py", "tau": 0.2}`.
+
+    Raises UsageError for unknown or out-of-range values, and what `load_class` and `class_from_file` raise.
+    """
     values = dict(spec)
     name = values.pop("name", None)
     if not name:

@@ -206,21 +206,21 @@ def _characters(record: Record, roles: Sequence[str]) -> int:
 
 
 def detectable_differences(settings: StudySettings, prompts: Mapping[str, int]) -> list[dict[str, Any]]:
-    """The smallest difference each primary contrast can see with 80 % power, two-sided 5 %, before anything is run.
+    """The smallest difference each primary contrast can see, before anything is run: what the evaluation itself would say.
 
-    Means are in standard deviations of the per-prompt difference, which nobody knows beforehand; rates in percentage points,
-    assuming that two arms differ on half of the prompts.
+    prompts: axis → how many are asked. `difference` is None where they are too few for any.
     """
     from equipoise.evaluation.metrics._base import load as load_metric
-    from equipoise.evaluation.power import detectable_mean, detectable_rate
+    from equipoise.evaluation.power import detectable
+    from equipoise.evaluation.settings import EvaluateSettings
 
+    asked = settings.evaluation
+    rules = EvaluateSettings.make({"suite": asked.suite, "source": "scores.json", **asked.settings}, source="evaluation.settings")
     rows: list[dict[str, Any]] = []
     for contrast in settings.primary:
         metric = load_metric(contrast.metric)
-        n = sum(prompts.get(axis, 0) for axis in {axis for part in metric.parts for axis in part.axes})
-        rate = metric.kind == "rate"
-        difference = (detectable_rate(n) if rate else detectable_mean(n)) if n else None
-        shown = None if difference is None else metric.scale * difference
-        unit = metric.difference_unit if rate else "standard deviations of the difference"
-        rows.append({"a": contrast.a, "b": contrast.b, "metric": contrast.metric, "n": n, "difference": shown, "unit": unit})
+        n = sum(prompts.get(axis, 0) for part in metric.parts for axis in part.axes)
+        found = detectable(contrast.metric, metric, prompts, rules.alpha, rules.power)
+        shown = found or {"metric": contrast.metric, "title": metric.title, "n": n, "difference": None, "unit": "", "assumes": ""}
+        rows.append({"a": contrast.a, "b": contrast.b, **shown})
     return rows

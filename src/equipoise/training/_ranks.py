@@ -26,8 +26,8 @@ PATIENCE = timedelta(hours=24)
 
 
 def on_cpu() -> bool:
-    """Whether this machine has no accelerator."""
-    return not torch.accelerator.is_available()
+    """Whether this machine has no GPU that the engine knows (CUDA or ROCm); on any other it trains on the CPU."""
+    return not torch.cuda.is_available()
 
 
 @dataclass

@@ -19,7 +19,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
 from equipoise.core.errors import UsageError
-from equipoise.core.files import fingerprint, read_json, write_json, write_jsonl
+from equipoise.core.files import file_fingerprint, fingerprint, read_json, write_json, write_jsonl
 from equipoise.core.prints import PromptPrints
 from equipoise.core.progress import bar, say
 from equipoise.core.runs import Run
@@ -107,6 +107,8 @@ def fit(
             names[f"rows {stream.name}"] = rows.fingerprint()
             if held_out is not None:
                 names[f"dev {stream.name}"] = held_out.fingerprint()
+            if "file" in stream.objective:
+                names[f"objective {stream.name}"] = file_fingerprint(str(stream.objective["file"]))
         if objective is not None:
             kind = type(objectives[0])
             names["objective"] = f"{kind.__module__}.{kind.__qualname__} {getattr(objective, '__qualname__', '')} {objectives[0]!r}"
