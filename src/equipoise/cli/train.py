@@ -22,7 +22,7 @@ def run(
     overrides: Set = None,
     output_dir: OutputDir = None,
     plan: Annotated[bool, typer.Option("--plan", help="print rows, tokens, steps, estimated memory and time, and train nothing")] = False,
-    objective_file: Annotated[str | None, typer.Option("--objective-file", help="a Python file with your own objective, in place of the first stream's")] = None,
+    objective_file: Annotated[str | None, typer.Option("--objective-file", help="a Python file with your own objective")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:

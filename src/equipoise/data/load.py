@@ -18,7 +18,7 @@ from equipoise.data.accounting import Accounting
 from equipoise.data.prompts import other_prompts
 from equipoise.data.settings import DataSettings
 from equipoise.data.sources import starter
-from equipoise.data.sources._base import source
+from equipoise.data.sources._base import records, source
 from equipoise.data.verdicts import Judged
 
 STARTER = "starter"
@@ -73,9 +73,9 @@ def stream(settings: DataSettings, dataset: Any = None) -> Streamed:
     others = {name: other_prompts(name) for name in settings.exclude_prompts}
     accounting = Accounting()
     judged = Judged(settings, accounting)
-    readable = module.records(chain(first, rows), settings, accounting)
-    records = _records(readable, others, judged, settings, accounting, _name(settings, dataset))
-    return Streamed(records, accounting, str(module.__name__).rsplit(".", 1)[-1])
+    readable = records(module, chain(first, rows), settings, accounting)
+    asked = _records(readable, others, judged, settings, accounting, _name(settings, dataset))
+    return Streamed(asked, accounting, str(module.__name__).rsplit(".", 1)[-1])
 
 
 def _records(

@@ -17,7 +17,7 @@ from equipoise.data.accounting import Accounting
 from equipoise.data.mixture import prompt_texts
 from equipoise.data.settings import DataSettings
 from equipoise.data.sources import starter
-from equipoise.data.sources._base import Excluded, source
+from equipoise.data.sources._base import Excluded, records, source
 from equipoise.data.sources.preference import prompt_of
 from equipoise.data.transcripts import parse_prompt
 
@@ -122,7 +122,7 @@ def _from_rows(name: str, rows: Iterable[Row], settings: DataSettings) -> list[t
         module = source("auto", first)
     except UsageError as error:
         raise UsageError(f"exclude_prompts {name!r}: {error}") from error
-    return [record.prompt for record in module.records(chain(first, rows), settings, Accounting())]
+    return [record.prompt for record in records(module, chain(first, rows), settings, Accounting())]
 
 
 def _readable(row: Row) -> tuple[Message, ...] | None:

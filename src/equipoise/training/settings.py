@@ -18,7 +18,7 @@ class StreamSettings(Settings):
     data: DataSettings | tuple[DataSettings, ...] | None = Field(
         default=None, description="where the rows come from, one source or several mixed; None: given in memory"
     )
-    objective: dict[str, Any] = Field(default={"name": "dpo"}, description="name of the method, its hyper-parameters, and `file` where it is one of your own")
+    objective: dict[str, Any] = Field(default={"name": "dpo"}, description="method and hyper-parameters; `file`: of your own")
     weight: float = Field(default=1.0, ge=0.0, description="weight of this stream's mean loss in the step's loss")
 
 

@@ -1,15 +1,15 @@
 """What a source is: one file of this folder that turns rows of one format into records.
 
 A source module has `COLUMNS` (the sets of columns it can read, any one of which will do),
-`matches(columns, sample) -> bool`, and `records(rows, settings, accounting) -> Iterator[Record]`.
-A row that cannot become a record is counted with its reason, never skipped.
+`matches(columns, sample) -> bool`, and `record(row, settings) -> Record`, which raises `Excluded` with a reason
+for a row that cannot become one: such rows are counted, never skipped.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
@@ -54,8 +54,8 @@ class Source(Protocol):
         """Whether rows with these columns, one of which is `sample`, are in this format."""
         ...
 
-    def records(self, rows: Iterable[Row], settings: DataSettings, accounting: Accounting) -> Iterator[Record]:
-        """Records of the rows that can be read; the others are counted."""
+    def record(self, row: Row, settings: DataSettings) -> Record:
+        """The record of a row. Raises Excluded for one that cannot be read."""
         ...
 
 
@@ -87,14 +87,12 @@ def source(name: str, rows: Sequence[Row]) -> Source:
     )
 
 
-def build(
-    rows: Iterable[Row], settings: DataSettings, accounting: Accounting, record: Callable[[Row, DataSettings], Record]
-) -> Iterator[Record]:
-    """Records of rows by `record(row, settings)`; what raises Excluded, or is no usable record, is counted."""
+def records(module: Source, rows: Iterable[Row], settings: DataSettings, accounting: Accounting) -> Iterator[Record]:
+    """What a source makes of rows; what raises Excluded, or is no usable record, is counted."""
     for row in rows:
         accounting.rows_in += 1
         try:
-            made = _checked(record(row, settings))
+            made = _checked(module.record(row, settings))
         except Excluded as reason:
             accounting.drop(str(reason), row_id(row))
         else:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from equipoise.core.records import Message, Record, Reply
 from equipoise.data._read import Row
-from equipoise.data.accounting import Accounting
 from equipoise.data.settings import DataSettings
 from equipoise.data.sources import _base
 
@@ -19,12 +18,8 @@ def matches(columns: set[str], sample: Mapping[str, Any]) -> bool:
     return COLUMNS[0] <= columns
 
 
-def records(rows: Iterable[Row], settings: DataSettings, accounting: Accounting) -> Iterator[Record]:
-    """One record with a gold reply per row."""
-    return _base.build(rows, settings, accounting, _record)
-
-
-def _record(row: Row, settings: DataSettings) -> Record:
+def record(row: Row, settings: DataSettings) -> Record:
+    """A record with a gold reply."""
     instruction, extra = _base.text(row.values, "instruction"), _base.optional_text(row.values, "input")
     content = f"{instruction}\n\n{extra}" if extra.strip() else instruction
     system = _base.optional_text(row.values, "system")

@@ -7,12 +7,11 @@ pair compares answers to different prompts, and the row is excluded and counted 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from equipoise.core.records import Record, Reply
 from equipoise.data._read import Row
-from equipoise.data.accounting import Accounting
 from equipoise.data.settings import DataSettings
 from equipoise.data.sources import _base
 from equipoise.data.transcripts import is_transcript, parse
@@ -26,12 +25,8 @@ def matches(columns: set[str], sample: Mapping[str, Any]) -> bool:
     return COLUMNS[0] <= columns and all(isinstance(side, str) and is_transcript(side) for side in sides)
 
 
-def records(rows: Iterable[Row], settings: DataSettings, accounting: Accounting) -> Iterator[Record]:
-    """One record per pair whose two transcripts share their prompt."""
-    return _base.build(rows, settings, accounting, _record)
-
-
-def _record(row: Row, settings: DataSettings) -> Record:
+def record(row: Row, settings: DataSettings) -> Record:
+    """A pair whose two transcripts share their prompt."""
     sides = []
     for name in ("chosen", "rejected"):
         turns = parse(_base.text(row.values, name))

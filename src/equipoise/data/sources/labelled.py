@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from equipoise.core.records import Record, Reply
 from equipoise.data._read import Row
-from equipoise.data.accounting import Accounting
 from equipoise.data.settings import DataSettings
 from equipoise.data.sources import _base
 from equipoise.data.sources.messages import conversation
@@ -20,12 +19,8 @@ def matches(columns: set[str], sample: Mapping[str, Any]) -> bool:
     return any(wanted <= columns for wanted in COLUMNS)
 
 
-def records(rows: Iterable[Row], settings: DataSettings, accounting: Accounting) -> Iterator[Record]:
-    """One record with a labelled sample per row."""
-    return _base.build(rows, settings, accounting, _record)
-
-
-def _record(row: Row, settings: DataSettings) -> Record:
+def record(row: Row, settings: DataSettings) -> Record:
+    """A record with a labelled sample."""
     label = _base.flag(row.values, "label")
     if label is None:
         raise _base.Excluded("no 'label'")

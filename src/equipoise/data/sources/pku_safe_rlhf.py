@@ -6,12 +6,11 @@ by `better` (helpfulness alone) and takes safety from the flags.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from equipoise.core.records import Message, Record, Reply
 from equipoise.data._read import Row
-from equipoise.data.accounting import Accounting
 from equipoise.data.settings import DataSettings
 from equipoise.data.sources import _base
 
@@ -26,12 +25,8 @@ def matches(columns: set[str], sample: Mapping[str, Any]) -> bool:
     return any(wanted <= columns for wanted in COLUMNS)
 
 
-def records(rows: Iterable[Row], settings: DataSettings, accounting: Accounting) -> Iterator[Record]:
-    """One record per pair."""
-    return _base.build(rows, settings, accounting, _record)
-
-
-def _record(row: Row, settings: DataSettings) -> Record:
+def record(row: Row, settings: DataSettings) -> Record:
+    """A pair."""
     values, column = row.values, f"{settings.preferred_by}_response_id"
     winner = _base.number(values, column)
     if winner is None:

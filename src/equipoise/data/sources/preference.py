@@ -8,12 +8,11 @@ parsed into its turns. Optional columns: `chosen_safe` and `rejected_safe` (true
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from equipoise.core.records import Message, Record, Reply
 from equipoise.data._read import Row, kind_of
-from equipoise.data.accounting import Accounting
 from equipoise.data.settings import DataSettings
 from equipoise.data.sources import _base
 from equipoise.data.transcripts import is_transcript, parse_prompt
@@ -31,12 +30,8 @@ def matches(columns: set[str], sample: Mapping[str, Any]) -> bool:
     return isinstance(chosen, str) and isinstance(rejected, str) and "prompt" in columns and not is_transcript(chosen)
 
 
-def records(rows: Iterable[Row], settings: DataSettings, accounting: Accounting) -> Iterator[Record]:
-    """One record per pair."""
-    return _base.build(rows, settings, accounting, _record)
-
-
-def _record(row: Row, settings: DataSettings) -> Record:
+def record(row: Row, settings: DataSettings) -> Record:
+    """A pair."""
     return Record(_base.row_id(row), *pair(row.values))
 
 

@@ -6,12 +6,11 @@ mapping with several by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from equipoise.core.records import Record, Reply
 from equipoise.data._read import Row, kind_of
-from equipoise.data.accounting import Accounting
 from equipoise.data.settings import DataSettings
 from equipoise.data.sources import _base
 from equipoise.data.sources.preference import prompt_of
@@ -24,12 +23,8 @@ def matches(columns: set[str], sample: Mapping[str, Any]) -> bool:
     return COLUMNS[0] <= columns and isinstance(sample.get("completions"), (list, tuple))
 
 
-def records(rows: Iterable[Row], settings: DataSettings, accounting: Accounting) -> Iterator[Record]:
-    """One record with a sample per completion."""
-    return _base.build(rows, settings, accounting, _record)
-
-
-def _record(row: Row, settings: DataSettings) -> Record:
+def record(row: Row, settings: DataSettings) -> Record:
+    """A record with a sample for every completion."""
     completions, scores = row.values.get("completions"), row.values.get("scores")
     if not isinstance(completions, (list, tuple)) or not completions:
         raise _base.Excluded("no 'completions'" if not completions else f"'completions' is {kind_of(completions)}, not a list")

@@ -7,14 +7,13 @@ the pairs a judge is trained on, which share no prompt with them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from equipoise.core.errors import UsageError, nearest
 from equipoise.core.records import Record
 from equipoise.data._read import Row
-from equipoise.data.accounting import Accounting
 from equipoise.data.settings import DataSettings
 from equipoise.data.sources import _base
 from equipoise.data.sources.preference import pair
@@ -42,12 +41,8 @@ def matches(columns: set[str], sample: Mapping[str, Any]) -> bool:
     return COLUMNS[0] <= columns
 
 
-def records(rows: Iterable[Row], settings: DataSettings, accounting: Accounting) -> Iterator[Record]:
-    """One record per pair, with safe flags, axis and topic."""
-    return _base.build(rows, settings, accounting, _record)
-
-
-def _record(row: Row, settings: DataSettings) -> Record:
+def record(row: Row, settings: DataSettings) -> Record:
+    """A pair, with safe flags, axis and topic."""
     values = row.values
     facts = {name: values[name] for name in ("axis", "topic") if values.get(name) is not None}
     return Record(_base.row_id(row), *pair(values), facts)

@@ -5,12 +5,11 @@ A score may also be a mapping with several by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from equipoise.core.records import Record, Reply
 from equipoise.data._read import Row
-from equipoise.data.accounting import Accounting
 from equipoise.data.settings import DataSettings
 from equipoise.data.sources import _base
 
@@ -22,12 +21,8 @@ def matches(columns: set[str], sample: Mapping[str, Any]) -> bool:
     return COLUMNS[0] <= columns and isinstance(sample.get("chosen"), (list, tuple))
 
 
-def records(rows: Iterable[Row], settings: DataSettings, accounting: Accounting) -> Iterator[Record]:
-    """One record per pair, with the score `score` on each reply."""
-    return _base.build(rows, settings, accounting, _record)
-
-
-def _record(row: Row, settings: DataSettings) -> Record:
+def record(row: Row, settings: DataSettings) -> Record:
+    """A pair, with the score `score` on each reply."""
     sides = [_base.messages(row.values.get(name), name) for name in ("chosen", "rejected")]
     prompt, chosen, rejected = _base.shared_prompt(*sides)
     replies = (
