@@ -104,8 +104,10 @@ def head_of(model: Any, batch: PackedBatch) -> Head:
     It does not where the output layer is no plain matrix, or where the model scales or caps its logits afterwards.
     """
     base = unwrapped(model)
+    if not can_replace(base.get_output_embeddings()):  # asked each time: an adapter may have been put on it since
+        return "logits"
     if base not in _heads:
-        _heads[base] = "chunked" if can_replace(base.get_output_embeddings()) and _heads_agree(model, batch) else "logits"
+        _heads[base] = "chunked" if _heads_agree(model, batch) else "logits"
     return _heads[base]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from equipoise.core.errors import NumericsError, UsageError
 from equipoise.data.rows import TokenRow
 from equipoise.models.attention import NAME, attention_of, register
 from equipoise.models.batch import Form
+from equipoise.models.identity import forward_fingerprint
 from equipoise.models.layers import lean_layers
-from equipoise.models.load import load_causal, weights_fingerprint
+from equipoise.models.load import adapter_off, load_causal
 from equipoise.models.logps import evaluating, unwrapped
 from equipoise.objectives._base import Objective
 from equipoise.reference.build import build, check
@@ -39,9 +41,9 @@ def stored_tolerance(report: dict[str, Any]) -> float:
 
 
 def reference_identity(model: Any, fresh_adapter: bool) -> tuple[str, str]:
-    """Fingerprint of the start weights as a reference, and what their adapter is. Read before the model is cut."""
+    """Fingerprint of the start model as a reference, and what its adapter is. Read before the model is cut."""
     adapter = "active" if hasattr(model, "peft_config") and not fresh_adapter else "none"
-    return weights_fingerprint(model, skip_adapters=fresh_adapter), adapter
+    return forward_fingerprint(model, skip_adapters=fresh_adapter), adapter
 
 
 class References:
@@ -127,7 +129,7 @@ class References:
                 load_causal(settings.reference_model, dtype=settings.dtype, device=forward.device, four_bit=four_bit(settings)).eval()
             )
         elif fresh:
-            return LiveReference(context=policy.disable_adapter)
+            return LiveReference(context=partial(adapter_off, policy))
         else:
             live = LiveReference(frozen_copy(policy))
         if forward.form != "padded":
@@ -140,7 +142,7 @@ class References:
         A named model is loaded for its fingerprint even where the store has every row.
         """
         form, device, autocast = forward.form, forward.device, forward.autocast
-        off: Callable[[], AbstractContextManager[Any]] = policy.disable_adapter if fresh else nullcontext
+        off: Callable[[], AbstractContextManager[Any]] = partial(adapter_off, policy) if fresh else nullcontext
         reference, identity = policy, self._identity
         if name is not None:
             register()
@@ -167,7 +169,9 @@ class References:
         # No rank may start writing before all have listed what is missing: they deal out one and the same list.
         ranks.wait()
         assert isinstance(self.settings.token_budget, int), "decided when the run began"
-        known = [row for row in rows[:CHECKED_ROWS] if not store.missing([row])]
+        # The longest row too: what a window or a rotary scale changes shows in no short one.
+        probes = [*rows[:CHECKED_ROWS], max(rows, key=lambda row: row.tokens)]
+        known = [row for row in probes if not store.missing([row])]
         if known:
             check(reference, known, store, form, forward.device, forward.autocast, tolerance)
         mine = build(reference, rows, store, form, self.settings.token_budget, forward.device, forward.autocast, ranks.rank, ranks.size)

@@ -12,6 +12,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +32,24 @@ from equipoise.models.batch import Form
 from equipoise.models.load import load_tokenizer
 from equipoise.models.logps import unwrapped
 from equipoise.objectives._base import Losses, Needs, Objective, Scored
-from equipoise.objectives._load import build, from_callable
+from equipoise.objectives._load import build, code_fingerprint, from_callable
 from equipoise.training._arguments import training_arguments
 from equipoise.training._heap import give_back_freed_memory, keep_freed_memory
 from equipoise.training._model import (
     autocast_for,
     load_policy,
-    make_trainable,
+    made_trainable,
     model_identity,
+    no_dropout,
 )
 from equipoise.training._preflight import check_recipe
 from equipoise.training._ranks import Ranks
 from equipoise.training._references import References, check_references, stored_tolerance
 from equipoise.training._rows import Rows, checked_streams, make_streams, shared_rows
 from equipoise.training._streams import Forward, Stream
-from equipoise.training.checkpoints import CompleteMark, newest_complete
+from equipoise.training.checkpoints import CompleteMark, SaveEvery, newest_complete
 from equipoise.training.estimate import for_this_machine
-from equipoise.training.settings import TrainSettings
+from equipoise.training.settings import NEUTRAL, TrainSettings
 from equipoise.training.sharding import check_accelerate, shard
 from equipoise.training.start_check import check_scores, choose_form
 from equipoise.training.trainer import LogLines, PreferenceTrainer, ProgressLine
@@ -110,15 +113,14 @@ def fit(
             if "file" in stream.objective:
                 names[f"objective {stream.name}"] = file_fingerprint(str(stream.objective["file"]))
         if objective is not None:
-            kind = type(objectives[0])
-            names["objective"] = f"{kind.__module__}.{kind.__qualname__} {getattr(objective, '__qualname__', '')} {objectives[0]!r}"
+            names["objective"] = f"{objectives[0]!r} {code_fingerprint(objective)}"
         return names
 
     def work(folder: Path) -> Mapping[str, Any]:
         train, dev = shared_rows(made[0] if made else None, folder / "rows", ranks)
         return _Fit(settings, folder, objectives, tokenizer, train, dev, callbacks, ranks).run(model)
 
-    return ranks.stage(settings.output_dir, "train", settings.resolved(), ranks.first(inputs), work, overwrite)
+    return ranks.stage(settings.output_dir, "train", settings.resolved(), ranks.first(inputs), work, overwrite, NEUTRAL)
 
 
 class _Fit:
@@ -156,8 +158,12 @@ class _Fit:
         lengths = [stream.lengths for stream in self.streams]
         self.settings = for_this_machine(self.settings, lengths, self.readout, device.type, self.ranks, model)
         torch.manual_seed(self.settings.seed)
-        policy = load_policy(self.settings, self.readout, device) if model is None else model
-        policy, fresh = make_trainable(policy, self.settings, self.readout)
+        start = load_policy(self.settings, self.readout, device) if model is None else model
+        with made_trainable(start, self.settings, self.readout, given=model is not None) as (policy, fresh):
+            return self._train(policy, fresh, arguments, by_accelerate)
+
+    def _train(self, policy: Any, fresh: bool, arguments: TrainingArguments, by_accelerate: bool) -> Mapping[str, Any]:
+        device = arguments.device
         references = References(self.settings, [*self.streams, *self.dev], self._store_root(), self.ranks)
         references.identify(policy, fresh)
         if self.settings.fsdp and self.ranks.size > 1 and not by_accelerate:
@@ -180,7 +186,8 @@ class _Fit:
         if forward.form != "padded":
             unwrapped(policy).set_attn_implementation(NAME)
         try:
-            outcome = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+            with nullcontext() if self.settings.dropout else no_dropout(policy):
+                outcome = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
             final = trainer.evaluate() if self.dev else {}
         finally:
             if forward.form != "padded":
@@ -193,8 +200,7 @@ class _Fit:
         return {
             "model": "model",
             "steps": trainer.state.global_step,
-            # Between log lines the Trainer adds up its own rank's part only.
-            "train_loss": sum(self.ranks.gather(outcome.training_loss)) / self.ranks.size,
+            "train_loss": self._train_loss(trainer, outcome.training_loss, resume is not None),
             "dev": {name: value for name, value in final.items() if isinstance(value, float)},
             "form": forward.form,
             "token_budget": self.settings.token_budget,
@@ -202,6 +208,14 @@ class _Fit:
             "resumed_from": None if resume is None else resume.name,
             "cost": cost,
         }
+
+    def _train_loss(self, trainer: PreferenceTrainer, told: float, resumed: bool) -> float:
+        """The mean loss of all steps. After a resume the library knows only of those since; the log has the others."""
+        if not resumed:
+            return sum(self.ranks.gather(told)) / self.ranks.size  # between log lines it adds up its own rank's part only
+        lines = [(line["step"], line["loss"]) for line in trainer.state.log_history if "loss" in line]
+        steps = [after - before for (before, _), (after, _) in pairwise([(0, 0.0), *lines])]
+        return sum(count * loss for count, (_, loss) in zip(steps, lines, strict=True)) / max(1, sum(steps))
 
     def _write_provenance(self) -> None:
         if self.ranks.rank:
@@ -283,6 +297,7 @@ class _Fit:
             fsdp=self.settings.fsdp,
             callbacks=[
                 *references.callbacks(),
+                *([SaveEvery(self.settings.save_steps)] if self.settings.save_steps and self.settings.save_strategy != "no" else []),
                 CompleteMark(),
                 LogLines(self.folder / "log.jsonl"),
                 *([] if self.ranks.rank else [ProgressLine(bar, self.settings.streams[0].objective.get("name", "training"))]),
