@@ -57,7 +57,7 @@ def four_bit(settings: TrainSettings) -> FourBit | None:
     return FourBit(settings.bnb_4bit_quant_type, settings.bnb_4bit_use_double_quant, compute)
 
 
-def forward_dtype(settings: TrainSettings, model: Any) -> str:
+def dtype_label(settings: TrainSettings, model: Any) -> str:
     """The dtypes of a model's forward pass, as the reference store's context names them."""
     weights = "/4bit-".join([settings.dtype, *compute_dtypes(model)])
     return f"autocast-bfloat16/{weights}" if settings.bf16 else weights

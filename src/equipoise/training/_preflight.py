@@ -51,7 +51,7 @@ def check_recipe(settings: TrainSettings) -> None:
     if settings.load_in_4bit:
         if not settings.use_peft:
             raise UsageError("load_in_4bit holds the base's weights fixed, and nothing else is trained: set use_peft=true.")
-        require_bitsandbytes("load_in_4bit")
+        require_bitsandbytes()
 
 
 def check_optimizer(name: str) -> None:

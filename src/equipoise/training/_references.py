@@ -25,7 +25,7 @@ from equipoise.reference.key import Context
 from equipoise.reference.live import FollowingReference, LiveReference, frozen_copy
 from equipoise.reference.mixture import Mixture
 from equipoise.reference.store import ReferenceStore
-from equipoise.training._model import forward_dtype, four_bit
+from equipoise.training._model import dtype_label, four_bit
 from equipoise.training._ranks import Ranks
 from equipoise.training._streams import Forward, Stream
 from equipoise.training.settings import TrainSettings
@@ -96,7 +96,7 @@ class References:
             return None
         lean = lean_layers(policy, forward.kernels)
         with evaluating(policy), torch.no_grad(), forward.attention(unwrapped(policy)), lean:
-            scored, _ = forward.scored(policy, stream, [0])
+            scored = forward.scored(policy, stream, [0])
         assert scored.policy is not None
         assert scored.reference is not None
         off = float(((scored.policy - scored.reference) * scored.mask).abs().sum() / scored.mask.sum())
@@ -137,7 +137,7 @@ class References:
         return live
 
     def _fill(self, name: str | None, policy: Any, fresh: bool, forward: Forward, tolerance: float) -> list[ReferenceStore]:
-        """A store a stream with the log-probs of one reference: a model by name, loaded and let go of again; None: the start model.
+        """For each stream a store with one reference's log-probs. A model by name is loaded for it and then let go; None: the start model.
 
         A named model is loaded for its fingerprint even where the store has every row.
         """
@@ -156,7 +156,7 @@ class References:
             form, report = choose_form(reference, self._stored[0].rows, self.settings.attention, device, autocast, forward.kernels)
             tolerance = stored_tolerance(report)
         assert identity is not None
-        context = Context(*identity, forward_dtype(self.settings, reference), f"{form}/{device.type}")
+        context = Context(*identity, dtype_label(self.settings, reference), f"{form}/{device.type}")
         attention = nullcontext() if form == "padded" else attention_of(unwrapped(reference), NAME)
         # As the training step computes, so that a run's first log-ratios are as near 0 as can be.
         with off(), attention, lean_layers(reference, forward.kernels):

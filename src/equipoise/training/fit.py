@@ -23,7 +23,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from equipoise.core.errors import UsageError
 from equipoise.core.files import file_fingerprint, fingerprint, read_json, write_json, write_jsonl
 from equipoise.core.prints import PromptPrints
-from equipoise.core.progress import bar, say
+from equipoise.core.progress import say
 from equipoise.core.runs import Run
 from equipoise.data.plan import Planner
 from equipoise.models._elementwise import kernels_for
@@ -140,7 +140,7 @@ class _Fit:
         self.settings, self.folder, self.tokenizer, self.callbacks, self.ranks = settings, folder, tokenizer, callbacks, ranks
         self.given, self.given_dev = train, dev
         self.streams = checked_streams(settings, objectives, train)
-        # Dev figures are told for all streams or for none: a step's loss is their weighted sum.
+        # Dev figures cover all streams or none: a step's loss is their weighted sum.
         self.dev: list[Stream] = []
         held_out = [rows for rows in dev if rows is not None]
         if len(held_out) == len(self.streams):
@@ -270,7 +270,7 @@ class _Fit:
         def settle() -> int:
             if resume is not None and path.is_file():
                 return int(read_json(path)["batch_size"])
-            size = self.settings.per_device_train_batch_size * self.settings.gradient_accumulation_steps * self.ranks.size
+            size = self.settings.batch_size(self.ranks.size)
             write_json(path, {"batch_size": size, "processes": self.ranks.size})
             return size
 
@@ -282,10 +282,7 @@ class _Fit:
         planner = self._planner(self.streams, forward, batch_size)
         self.ranks.agree("the plan of the steps", plan_fingerprint(planner))
         dev_planner = self._planner(self.dev, forward, batch_size) if self.dev else None
-        total = (
-            self.settings.max_steps if self.settings.max_steps > 0 else math.ceil(planner.steps_per_epoch * self.settings.num_train_epochs)
-        )
-        arguments.warmup_steps = math.ceil(total * self.settings.warmup_ratio)
+        arguments.warmup_steps = math.ceil(self.settings.total_steps(planner.steps_per_epoch) * self.settings.warmup_ratio)
         trainer = PreferenceTrainer(
             model=policy,
             args=arguments,
@@ -300,7 +297,7 @@ class _Fit:
                 *([SaveEvery(self.settings.save_steps)] if self.settings.save_steps and self.settings.save_strategy != "no" else []),
                 CompleteMark(),
                 LogLines(self.folder / "log.jsonl"),
-                *([] if self.ranks.rank else [ProgressLine(bar, self.settings.streams[0].objective.get("name", "training"))]),
+                *([] if self.ranks.rank else [ProgressLine(self.settings.streams[0].objective.get("name", "training"))]),
                 *self.callbacks,
             ],
             processing_class=self.tokenizer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -117,7 +118,7 @@ class TrainSettings(Settings):
     )
     dropout: bool = Field(default=False, description="keep the model's own dropout on (LoRA's is always its own)")
 
-    eval_on_dev: bool = Field(default=True, description="where the data names its train part, tell figures on its dev part while training")
+    eval_on_dev: bool = Field(default=True, description="where the data names its train part, evaluate on its dev part while training")
     eval_steps: int = Field(default=0, ge=0, description="steps between dev evaluations; 0: at the end of each epoch")
     logging_steps: int = Field(default=1, ge=1, description="steps between log lines")
     save_strategy: Literal["epoch", "steps", "no"] = Field(
@@ -131,3 +132,11 @@ class TrainSettings(Settings):
     )
     report_to: str = Field(default="none", description="none, tensorboard, wandb, trackio")
     seed: int = Field(default=0, description="data order, LoRA initialisation, dropout")
+
+    def batch_size(self, processes: int = 1) -> int:
+        """Units of an optimizer step over all processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
+
+    def total_steps(self, an_epoch: int) -> int:
+        """Optimizer steps of the run, of a first stream that takes `an_epoch` of them."""
+        return self.max_steps if self.max_steps > 0 else math.ceil(an_epoch * self.num_train_epochs)
