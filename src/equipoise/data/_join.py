@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from equipoise.core.arrays import Seen, Texts, print64, write_array
 from equipoise.core.errors import DataError
 from equipoise.core.files import atomic, write_json
-from equipoise.data.rows import ID_COLUMNS, fingerprint_start, hashed, header_of, read_header
+from equipoise.data.rows import fingerprint_start, hashed, header_of, read_header
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,6 @@ def join(shards: Sequence[Path], folder: Path) -> Joined:
     _check_ids(parts)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rows.json").unlink(missing_ok=True)
-    digest = fingerprint_start((name for part in parts for name in part.ids()), roles)
     columns: dict[str, tuple[Any, int, Iterator[NDArray[Any]]]] = {
         "tokens": (np.int32, tokens, (part.array("tokens") for part in parts)),
         "starts": (np.int64, segments + 1, _cuts(parts, "starts")),
@@ -52,9 +51,10 @@ def join(shards: Sequence[Path], folder: Path) -> Joined:
         columns[f"fact-{name}"] = (np.float64, segments, map(partial(_Part.fact, name=name), parts))
     columns["ids"] = (np.uint8, sum(part.id_bytes for part in parts), (part.array("ids") for part in parts))
     columns["id-starts"] = (np.int64, rows + 1, _cuts(parts, "id-starts"))
+    digest = fingerprint_start(roles)
     for name, (dtype, length, values) in columns.items():
         with atomic(folder / f"{name}.npy", "wb") as stream:
-            write_array(stream, dtype, length, values if name in ID_COLUMNS else hashed(digest, name, values))
+            write_array(stream, dtype, length, hashed(digest, name, values))
     write_json(folder / "rows.json", header_of(roles, marks, facts))
     return Joined(rows, tokens, digest.hexdigest()[:16])
 
