@@ -101,17 +101,6 @@ def _records(
         raise DataError(f"{name}: no row is left; {accounting.in_words()}.")
 
 
-def mix(parts: Mapping[str, Loaded]) -> Loaded:
-    """Several loaded sources as one, in order; ids get their source's name in front."""
-    accounting = Accounting()
-    records = []
-    for name, loaded in parts.items():
-        accounting.add(loaded.accounting)
-        records += [replace(record, id=f"{name}/{record.id}") for record in loaded.records]
-    formats = {loaded.format for loaded in parts.values()}
-    return Loaded(records, accounting.check(), records_fingerprint(records), " + ".join(sorted(formats)))
-
-
 def source_fingerprint(settings: DataSettings, dataset: Any = None) -> dict[str, str]:
     """Name → fingerprint of everything `load` would read, without reading records: the inputs of a stage.
 
