@@ -99,10 +99,9 @@ def test_the_starter_s_own_prompts_can_be_excluded() -> None:
     assert len(load(DataSettings(exclude_prompts=("starter:judge", "starter"))).records) == 160
 
 
-def test_limits_system_prompts_and_doubled_ids() -> None:
-    loaded = load(DataSettings(max_rows=2, system_prompt="be brief"), dataset=[row("a", "x"), row("b", "x"), row("c", "x"), row("", "y")])
+def test_limits_and_doubled_ids() -> None:
+    loaded = load(DataSettings(max_rows=2), dataset=[row("a", "x"), row("b", "x"), row("c", "x"), row("", "y")])
     assert [record.id for record in loaded.records] == ["x", "x#2"]
-    assert loaded.records[0].prompt == (Message("system", "be brief"), Message("user", "a"))
     assert loaded.accounting.as_json()["dropped"] == {
         "empty prompt": {"count": 1, "rows": ["y"]},
         "beyond max_rows": {"count": 1, "rows": ["x#3"]},
