@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from equipoise.core.arrays import Seen, Texts, print64, write_array
+from equipoise.core.arrays import Seen, Texts, joined_cuts, print64, write_array
 from equipoise.core.errors import DataError
 from equipoise.core.files import atomic, write_json
 from equipoise.data.rows import fingerprint_start, hashed, header_of, read_header
@@ -41,8 +41,8 @@ def join(shards: Sequence[Path], folder: Path) -> Joined:
     (folder / "rows.json").unlink(missing_ok=True)
     columns: dict[str, tuple[Any, int, Iterator[NDArray[Any]]]] = {
         "tokens": (np.int32, tokens, (part.array("tokens") for part in parts)),
-        "starts": (np.int64, segments + 1, _cuts(parts, "starts")),
-        "segments": (np.int64, rows + 1, _cuts(parts, "segments")),
+        "starts": (np.int64, segments + 1, joined_cuts(part.array("starts") for part in parts)),
+        "segments": (np.int64, rows + 1, joined_cuts(part.array("segments") for part in parts)),
         "roles": (np.int8, segments, (part.renumbered(roles) for part in parts)),
     }
     for name in marks:
@@ -50,7 +50,7 @@ def join(shards: Sequence[Path], folder: Path) -> Joined:
     for name in facts:
         columns[f"fact-{name}"] = (np.float64, segments, map(partial(_Part.fact, name=name), parts))
     columns["ids"] = (np.uint8, sum(part.id_bytes for part in parts), (part.array("ids") for part in parts))
-    columns["id-starts"] = (np.int64, rows + 1, _cuts(parts, "id-starts"))
+    columns["id-starts"] = (np.int64, rows + 1, joined_cuts(part.array("id-starts") for part in parts))
     digest = fingerprint_start(roles)
     for name, (dtype, length, values) in columns.items():
         with atomic(folder / f"{name}.npy", "wb") as stream:
@@ -95,16 +95,6 @@ class _Part:
 
     def fact(self, name: str) -> NDArray[np.float64]:
         return self.array(f"fact-{name}") if name in self.facts else np.full(self.segments, np.nan)
-
-
-def _cuts(parts: Sequence[_Part], name: str) -> Iterator[NDArray[np.int64]]:
-    """Cuts of all parts as cuts of the whole: each moved by what stands before it, the zero only once."""
-    before = 0
-    yield np.zeros(1, dtype=np.int64)
-    for part in parts:
-        moved = part.array(name)[1:] + before
-        before = int(moved[-1])
-        yield moved
 
 
 def _check_ids(parts: Sequence[_Part]) -> None:
