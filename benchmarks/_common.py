@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 SCHEMA_VERSION = 1
-PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "equipoise")
+PACKAGES = ("torch", "triton", "transformers", "tokenizers", "trl", "peft", "accelerate", "equipoise")
 T = TypeVar("T")
 
 
@@ -98,19 +98,24 @@ def summary(values: Sequence[float], digits: int = 3) -> dict[str, float]:
 
 
 def reset_peak_rss() -> None:
-    """Let `peak_rss_mb` count from now (Linux); elsewhere it stays the peak since the process began."""
+    """Let `peak_rss` count from now (Linux); elsewhere it stays the peak since the process began."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_rss_mb() -> float:
-    """Highest resident memory of this process [MiB] since `reset_peak_rss`, or since it began."""
+def peak_rss() -> int:
+    """Highest resident memory of this process [bytes] since `reset_peak_rss`, or since it began."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
-        return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024, 1)
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return round(peak / (2**20 if sys.platform == "darwin" else 1024), 1)
+        return peak * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_rss_mb() -> float:
+    """`peak_rss` in MiB."""
+    return round(peak_rss() / 2**20, 1)
 
 
 def memory_key(device: str) -> str:

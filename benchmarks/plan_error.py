@@ -1,9 +1,9 @@
 """How far the estimate of `equipoise train --plan` is from what a run takes: peak memory and time, on this CPU.
 
-    EQUIPOISE_DATA=path/to/data python benchmarks/plan_error.py --only full-512 --only lora-1024
+    python benchmarks/plan_error.py --only full-512 --only lora-1024
 
 Each setting runs in a process of its own, for an honest peak of resident memory: two optimizer steps of DPO on real pairs
-(HH, from $EQUIPOISE_DATA/hh-harmless-base), after that process has measured its own speed. Memory is the process's
+(HH, from the data folder of `_common.py`), after that process has measured its own speed. Memory is the process's
 largest resident size over its whole life; time is the wall seconds of the reference pass and of the steps, so run it on a quiet
 machine. The estimate knows settings and row lengths only. Prints one JSON object; logs go to stderr.
 """
@@ -14,15 +14,14 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
+
+import _common as common
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "full-512": {"token_budget": 512},
@@ -44,7 +43,9 @@ def settings_of(name: str, rows: int, steps: int, folder: str) -> Any:
     """The run of one setting: `steps` optimizer steps over `rows` pairs."""
     from equipoise.training.settings import TrainSettings
 
-    pairs = Path(os.environ["EQUIPOISE_DATA"]) / "hh-harmless-base" / "pairs.jsonl.gz"
+    pairs = common.hh_file()
+    if pairs is None:
+        raise SystemExit(f"no hh-harmless-base/pairs.jsonl.gz in {common.data_folder()}; EQUIPOISE_DATA names another data folder")
     return TrainSettings.make(
         {
             "model_name_or_path": MODEL,
@@ -58,11 +59,6 @@ def settings_of(name: str, rows: int, steps: int, folder: str) -> Any:
             **SETTINGS[name],
         }
     )
-
-
-def largest_resident() -> int:
-    """Bytes of resident memory at this process's worst moment so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def run_one(name: str, rows: int, steps: int, folder: str) -> dict[str, Any]:
@@ -81,19 +77,17 @@ def run_one(name: str, rows: int, steps: int, folder: str) -> dict[str, Any]:
         after = 0
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.before = largest_resident()
+            self.before = common.peak_rss()
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.start = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.seconds += time.perf_counter() - self.start
-            self.after = largest_resident()
-            print(
-                f"{name}: {self.before / 1e9:.2f} GB before training, {self.after / 1e9:.2f} GB after a step", file=sys.stderr, flush=True
-            )
+            self.after = common.peak_rss()
+            common.log(f"{name}: {self.before / 1e9:.2f} GB before training, {self.after / 1e9:.2f} GB after a step")
 
-    imported = largest_resident()
+    imported = common.peak_rss()
     speed = measure(seconds=1.0)
     watch = SecondsOfSteps()
     start = time.perf_counter()
@@ -106,7 +100,7 @@ def run_one(name: str, rows: int, steps: int, folder: str) -> dict[str, Any]:
         "imported": imported,
         "peak_before_training": watch.before,
         "peak_after_steps": watch.after,
-        "peak": largest_resident(),
+        "peak": common.peak_rss(),
         "train_seconds": watch.seconds,
         "reference_seconds": cost["reference_seconds"],
         "all_seconds": time.perf_counter() - start,
@@ -164,13 +158,12 @@ def main() -> None:
     for name in chosen.only or list(SETTINGS):
         results.append(compare(name, chosen.rows, chosen.steps))
         last = results[-1]
-        print(f"{name}: memory {last['memory_error_percent']:+} %, time {last['time_error_percent']:+} %", file=sys.stderr)
-    packages = ("torch", "transformers", "peft", "accelerate")
+        common.log(f"{name}: memory {last['memory_error_percent']:+} %, time {last['time_error_percent']:+} %")
     report = {
         "schema_version": 1,
         "command": shlex.join(sys.argv),
         "machine": {"platform": platform.platform(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "versions": common.versions(),
         "model": MODEL,
         "pairs": chosen.rows,
         "steps": chosen.steps,

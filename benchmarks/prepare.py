@@ -7,8 +7,8 @@ process of its own. TRL's side is its own code: a trainer is built on a tiny ran
 `datasets.load_dataset("json")` and the trainer's `_prepare_dataset`. Ours is `prepare`: rows, accounting and prints on disk.
 Rows are real HH-RLHF ones where EQUIPOISE_DATA (or ../shared/data) has them, varied beyond their number, else made up.
 Seconds are wall-clock; CPU seconds count all threads and processes. Memory is the process's peak resident set in the timed
-part, and beyond what it held just before (imports, tokenizer, trainer); further processes are not counted. One JSON object on
-stdout, logs on stderr.
+part, and beyond what it held just before (imports, tokenizer, trainer), both in MB (10⁶ bytes, unlike the MiB of the other
+benchmarks); further processes are not counted. One JSON object on stdout, logs on stderr.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import _common as common
 
 SIDES = ("equipoise", "equipoise, one thread", "equipoise, two processes", "trl", "trl, two processes")
 MAX_LENGTH = 1024
@@ -63,14 +65,16 @@ def compare(sizes: list[int], trl_rows: int, repeats: int, tokenizer: str, sides
             for _ in range(repeats):
                 for side, done in runs.items():
                     done.append(run_side(side, path, tokenizer))
-                    print(f"{rows} rows, {side}: {done[-1]}", file=sys.stderr)
+                    common.log(f"{rows} rows, {side}: {done[-1]}")
             measured += [{"side": side, "rows": rows, "real_rows": real, **summary(done, rows)} for side, done in runs.items()]
             path.unlink()
+    versions = common.versions()
+    packages = {name: versions.get(name) for name in ("trl", "tokenizers")}
     return {
         "schema_version": 1,
         "benchmark": "prepare",
         "command": " ".join(["python", *sys.argv]),
-        "environment": environment() | {"trl": version("trl"), "tokenizers": version("tokenizers"), "load_average": os.getloadavg()[0]},
+        "environment": environment() | packages | {"load_average": os.getloadavg()[0]},
         "max_length": MAX_LENGTH,
         "measured": measured,
         "scaling": {side: scaling([item for item in measured if item["side"] == side]) for side in sides},
@@ -149,11 +153,13 @@ def work(side: str, path: Path, name: str) -> dict[str, Any]:
         os.environ["HF_DATASETS_CACHE"] = f"{scratch}/datasets"  # read on import: nothing may come from an earlier run
         processes = 2 if side.endswith("two processes") else 1
         run, count = (trl_side if side.startswith("trl") else our_side)(path, load_tokenizer(name), Path(scratch), processes)
-        base = peak_mb(reset=True)
+        common.reset_peak_rss()
+        base = common.peak_rss()
         wall, cpu = time.perf_counter(), cpu_seconds()
         made = run()
-        taken = {"seconds": time.perf_counter() - wall, "cpu_seconds": cpu_seconds() - cpu, "peak_mb": peak_mb()}
-        return {**taken, "peak_over_base_mb": taken["peak_mb"] - base, **count(made)}
+        taken = {"seconds": time.perf_counter() - wall, "cpu_seconds": cpu_seconds() - cpu}
+        peak = common.peak_rss()
+        return {**taken, "peak_mb": peak / 1e6, "peak_over_base_mb": (peak - base) / 1e6, **count(made)}
 
 
 def cpu_seconds() -> float:
@@ -208,18 +214,6 @@ def trl_side(path: Path, tokenizer: Any, scratch: Path, processes: int) -> Side:
     return run, count
 
 
-def peak_mb(reset: bool = False) -> float:
-    """The process's peak resident set in MB; with `reset`, Linux starts it again from what is resident now."""
-    if reset and os.access("/proc/self/clear_refs", os.W_OK):
-        Path("/proc/self/clear_refs").write_text("5")
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]) * 1024 / 1e6
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
-
-
 def write_rows(path: Path, rows: int) -> int:
     """Write so many pairs as JSON lines; how many of them are real rows as they are."""
     real = real_pairs()
@@ -248,9 +242,8 @@ def varied(text: str, words: list[str], draw: random.Random) -> str:
 
 def real_pairs() -> list[dict[str, list[dict[str, str]]]]:
     """HH-RLHF rows in TRL's conversational columns, as far as they are at hand and both sides answer one prompt."""
-    folder = Path(os.environ.get("EQUIPOISE_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    path = folder / "hh-harmless-base" / "pairs.jsonl.gz"
-    if not path.is_file():
+    path = common.hh_file()
+    if path is None:
         return []
     from equipoise.data.load import load
     from equipoise.data.settings import DataSettings
@@ -282,16 +275,6 @@ def made_up_pairs(count: int) -> Iterator[dict[str, list[dict[str, str]]]]:
 def turn(role: str, content: str) -> dict[str, str]:
     """One message."""
     return {"role": role, "content": content}
-
-
-def version(package: str) -> str | None:
-    """A package's version, if it is installed."""
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

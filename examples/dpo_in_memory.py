@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from equipoise import TrainSettings, fit
 from equipoise.data.load import load
 from equipoise.data.settings import DataSettings
 from equipoise.models.load import load_causal, load_tokenizer
-from equipoise.training.fit import TrainSettings, fit
 
 MODEL = "smollm2-135m-instruct"
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from equipoise.objectives._base import Losses, Needs, Objective, Scored
+from equipoise import Losses, Needs, Objective, Scored
 
 
 class Squared(Objective):

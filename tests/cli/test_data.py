@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 from equipoise.cli.main import main
-
-
-@pytest.fixture
-def shared_data() -> Path:
-    folder = Path(os.environ.get("EQUIPOISE_DATA", Path(__file__).parents[3] / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip("the data folder beside the checkout (../shared/data, or EQUIPOISE_DATA) is absent")
-    return folder
 
 
 def test_inspect_accounts_for_all_1800_rows(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+import typer
 
-from equipoise.cli.main import main
+from equipoise.cli.main import app, main
 from equipoise.core.catalog import names
 
 
@@ -70,3 +71,21 @@ def test_bad_use_is_exit_code_2_with_a_hint(arguments, words, capsys):
 def test_a_report_of_what_is_no_study_is_an_error(capsys, tmp_path):
     assert main(["study", "report", str(tmp_path)]) == 1
     assert "not a study folder" in capsys.readouterr().err
+
+
+def commands(command: typer.core.TyperCommand, path: str) -> dict[str, set[str]]:
+    """Every command under this one by its path, with its options."""
+    found = {path: {name for parameter in command.params for name in parameter.opts}}
+    if hasattr(command, "list_commands"):
+        context = typer.Context(command)
+        for name in command.list_commands(context):
+            found |= commands(command.get_command(context, name), f"{path} {name}")
+    return found
+
+
+def test_the_output_folder_is_o_for_every_verb_and_no_verb_installs_completion():
+    every = commands(typer.main.get_command(app), "equipoise")
+    writing = {path for path, options in every.items() if "--output-dir" in options}
+    assert {"equipoise train", "equipoise evaluate", "equipoise study run", "equipoise study report"} <= writing
+    assert writing == {path for path, options in every.items() if "-o" in options} - {"equipoise data replies"}
+    assert not [path for path, options in every.items() if "--install-completion" in options]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equipoise.core.arrays import Seen, Texts, pieces, print64, write_array
+from equipoise.core.arrays import Seen, Texts, joined_cuts, pieces, print64, write_array
 from equipoise.core.errors import DataError
 
 
@@ -26,6 +26,12 @@ def test_piece_by_piece_gives_the_bytes_of_np_save(kind: type, length: int) -> N
 def test_another_length_than_announced_is_an_error() -> None:
     with pytest.raises(DataError, match="5 elements was announced, and 4 came"):
         write_array(io.BytesIO(), np.int32, 5, [np.zeros(4, dtype=np.int32)])
+
+
+def test_cuts_of_parts_are_the_cuts_of_the_whole_also_with_an_empty_part() -> None:
+    parts = [np.array(part) for part in ([0, 2, 2, 5], [0], [0, 1], [0])]
+    assert np.concatenate(list(joined_cuts(parts))).tolist() == [0, 2, 2, 5, 6]
+    assert [part.tolist() for part in joined_cuts([])] == [[0]]
 
 
 @given(st.lists(st.text(st.characters(min_codepoint=0, max_codepoint=0x1F600))))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import random
 import time
 from pathlib import Path
@@ -172,15 +171,12 @@ def test_ten_thousand_against_one_thousand_takes_seconds() -> None:
     assert {item.index: item.other_index for item in found if item.index in long_enough} == {i: i * 20 for i in long_enough}
 
 
-def test_forty_of_the_fifty_harmful_prompts_of_the_opt350m_study_stand_in_the_hh_rows() -> None:
-    data = Path(os.environ.get("EQUIPOISE_DATA", Path(__file__).resolve().parents[2] / "../shared/data"))
-    if not (data / "hh-harmless-base/pairs.jsonl.gz").is_file():
-        pytest.skip(f"the data folder beside the checkout is absent ({data})")
-    with gzip.open(data / "hh-harmless-base/pairs.jsonl.gz", "rt", encoding="utf-8") as stream:
+def test_forty_of_the_fifty_harmful_prompts_of_the_opt350m_study_stand_in_the_hh_rows(shared_data: Path) -> None:
+    with gzip.open(shared_data / "hh-harmless-base/pairs.jsonl.gz", "rt", encoding="utf-8") as stream:
         conversations = [json.loads(line)["chosen"] for line in stream]
     rows = PromptPrints.of(text[: text.rfind("\n\nAssistant:")] for text in conversations)
-    harmful = json.loads((data / "opt350m-study/harmful_prompts.json").read_text(encoding="utf-8"))
-    helpful = json.loads((data / "opt350m-study/helpful_prompts.json").read_text(encoding="utf-8"))
+    harmful = json.loads((shared_data / "opt350m-study/harmful_prompts.json").read_text(encoding="utf-8"))
+    helpful = json.loads((shared_data / "opt350m-study/helpful_prompts.json").read_text(encoding="utf-8"))
     # 37 word for word, 2 with part of the reply, 1 that carries on a conversation of the rows.
     found = PromptPrints.of(harmful).shared_with(rows)
     assert len(found) == 40

@@ -1,10 +1,8 @@
-"""Tiny real tokenizers, and the data folder beside the checkout."""
+"""Tiny real tokenizers."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,14 +13,6 @@ CHAT = (
     "{% for message in messages %}<|{{ message.role }}|> {{ message.content }} <|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    folder = Path(os.environ.get("EQUIPOISE_DATA", Path(__file__).parents[3] / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip("the data folder beside the checkout (../shared/data, or EQUIPOISE_DATA) is absent")
-    return folder
 
 
 @pytest.fixture(scope="session")

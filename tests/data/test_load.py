@@ -14,7 +14,7 @@ from equipoise.core.errors import DataError, UsageError
 from equipoise.core.prints import PromptPrints
 from equipoise.core.records import Message
 from equipoise.data.accounting import Accounting
-from equipoise.data.load import load, mix, records_fingerprint, source_fingerprint
+from equipoise.data.load import load, records_fingerprint, source_fingerprint
 from equipoise.data.mixture import cluster, part_of, prompt_texts
 from equipoise.data.settings import DataSettings
 
@@ -99,10 +99,9 @@ def test_the_starter_s_own_prompts_can_be_excluded() -> None:
     assert len(load(DataSettings(exclude_prompts=("starter:judge", "starter"))).records) == 160
 
 
-def test_limits_system_prompts_and_doubled_ids() -> None:
-    loaded = load(DataSettings(max_rows=2, system_prompt="be brief"), dataset=[row("a", "x"), row("b", "x"), row("c", "x"), row("", "y")])
+def test_limits_and_doubled_ids() -> None:
+    loaded = load(DataSettings(max_rows=2), dataset=[row("a", "x"), row("b", "x"), row("c", "x"), row("", "y")])
     assert [record.id for record in loaded.records] == ["x", "x#2"]
-    assert loaded.records[0].prompt == (Message("system", "be brief"), Message("user", "a"))
     assert loaded.accounting.as_json()["dropped"] == {
         "empty prompt": {"count": 1, "rows": ["y"]},
         "beyond max_rows": {"count": 1, "rows": ["x#3"]},
@@ -129,13 +128,6 @@ def test_fingerprints_follow_the_content(tmp_path: Path) -> None:
     assert source_fingerprint(DataSettings(dataset_name=str(path)))["data"] != before["data"]
     assert set(source_fingerprint(DataSettings())) == {"train_helpfulness.jsonl", "train_harmlessness.jsonl"}
     assert source_fingerprint(DataSettings(), [row("a")]) != source_fingerprint(DataSettings(), [row("b")])
-
-
-def test_sources_are_mixed_in_order_with_their_accounting() -> None:
-    parts = {"one": load(DataSettings(), dataset=[row("a"), row("")]), "two": load(DataSettings(), dataset=[row("b", "x")])}
-    mixed = mix(parts)
-    assert [record.id for record in mixed.records] == ["one/memory:1", "two/x"]
-    assert (mixed.accounting.rows_in, mixed.accounting.kept, mixed.accounting.dropped_total) == (3, 2, 1)
 
 
 def test_unknown_settings_name_the_nearest() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 from collections import Counter
 from itertools import combinations
@@ -51,12 +50,8 @@ def every_prompt() -> list[tuple[str, str]]:
     return [(row["id"], row["prompt"]) for name in (*PAIRS, *PROMPTS, DEV) for row in rows_of(name)]
 
 
-def external_prompts() -> list[str]:
-    folder = Path(os.environ.get("EQUIPOISE_DATA", Path(__file__).resolve().parents[2] / ".." / "shared" / "data"))
-    path = folder / "xstest" / "prompts.csv"
-    if not path.is_file():
-        pytest.skip(f"no XSTest prompts at {path}; set EQUIPOISE_DATA to the data folder")
-    with path.open(encoding="utf-8", newline="") as stream:
+def external_prompts(data: Path) -> list[str]:
+    with (data / "xstest" / "prompts.csv").open(encoding="utf-8", newline="") as stream:
         return [row["prompt"] for row in csv.DictReader(stream)]
 
 
@@ -155,8 +150,8 @@ def test_no_prompt_is_shared_or_nearly_shared_across_the_set() -> None:
 
 
 @pytest.mark.parametrize("name", ["train_harmlessness", "judge_harmlessness", "eval_benign", "eval_harmful", DEV])
-def test_no_prompt_is_taken_from_xstest(name: str) -> None:
-    published = [trigrams(prompt) for prompt in external_prompts()]
+def test_no_prompt_is_taken_from_xstest(name: str, shared_data: Path) -> None:
+    published = [trigrams(prompt) for prompt in external_prompts(shared_data)]
     copied = [row["id"] for row in rows_of(name) if max(jaccard(trigrams(row["prompt"]), other) for other in published) >= 0.5]
     assert copied == []
 

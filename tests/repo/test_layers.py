@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+import equipoise
+
 LAYERS = (
     ("core",),
     ("data",),
@@ -105,6 +107,7 @@ found = sorted({'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.mod
 sys.exit(repr(found) if found else 0)
 """
 STARTS = {
+    "the package": "import equipoise; assert {'__version__', 'fit', 'Objective'} <= set(dir(equipoise))",
     "--help": "from equipoise.cli.main import main; assert main(['--help']) == 0",
     "verbs": "import importlib; from equipoise.core.catalog import names\n"
     "for name in names('cli'): importlib.import_module('equipoise.cli.' + name)",
@@ -113,8 +116,28 @@ STARTS = {
 
 @pytest.mark.parametrize("what", STARTS)
 def test_the_command_line_starts_without_torch(what):
-    """`equipoise --help`, and the modules of all verbs, import neither torch nor transformers."""
+    """The package, `equipoise --help`, and the modules of all verbs, import neither torch nor transformers."""
     done = subprocess.run([sys.executable, "-c", f"{STARTS[what]}\n{HEAVY}"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     if what == "--help":
         assert "doctor" in done.stdout
+
+
+def test_public_names_come_from_where_they_live():
+    from equipoise.objectives import _base
+    from equipoise.training import fit, settings
+
+    homes = [_base, _base, _base, _base, settings, equipoise, fit]
+    names = ["Losses", "Needs", "Objective", "Scored", "TrainSettings", "__version__", "fit"]
+    assert equipoise.__all__ == names
+    assert all(getattr(equipoise, name) is getattr(home, name) for name, home in zip(names, homes, strict=True))
+    with pytest.raises(AttributeError, match="no attribute 'Loses'"):
+        _ = equipoise.Loses
+
+
+def test_the_example_of_an_own_objective_is_one():
+    from equipoise.objectives._load import build
+
+    built = build({"name": "own_objective", "file": "examples/own_objective.py", "tau": 0.2})
+    assert isinstance(built, equipoise.Objective)
+    assert built.tau == 0.2

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from . import synthetic
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}"
@@ -146,11 +149,17 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def finished(tiny: dict[str, str], own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """The settings and the folder of a study that ran to its end, undisturbed. Tests only read it."""
-    from equipoise.study.run import run_study
-    from equipoise.study.settings import StudySettings
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A made-up finished study with its report. Tests that change it take a copy (`study`)."""
+    from equipoise.study.report import build_report
 
-    folder = tmp_path_factory.mktemp("finished")
-    values = study_values(tiny, write_files(folder))
-    return values, run_study(StudySettings.make(values), folder / "study")
+    folder = synthetic.build_study(tmp_path_factory.mktemp("study") / "starter")
+    build_report(folder)
+    return Path(folder)
+
+
+@pytest.fixture
+def study(finished: Path, tmp_path: Path) -> Path:
+    """A copy of `finished`, without its report."""
+    shutil.copytree(finished, tmp_path / "study", ignore=shutil.ignore_patterns("report"))
+    return tmp_path / "study"

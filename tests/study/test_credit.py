@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -58,12 +57,6 @@ class Pieces(HTMLParser):
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished study whose trained arms are credited. Tests that change it take a copy."""
     return add_credit(synthetic.build_study(tmp_path_factory.mktemp("study") / "starter", prompts_per_axis=6), 2)
-
-
-@pytest.fixture
-def study(finished: Path, tmp_path: Path) -> Path:
-    shutil.copytree(finished, tmp_path / "study", ignore=shutil.ignore_patterns("report"))
-    return tmp_path / "study"
 
 
 def credit_file(study: Path, arm: str) -> Path:

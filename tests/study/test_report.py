@@ -4,32 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from equipoise.study.report import build_report
-
 from . import synthetic
 from .report_page import Page, change, page_of
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished study with its report. Tests that change it take a copy."""
-    folder = synthetic.build_study(tmp_path_factory.mktemp("study") / "starter")
-    build_report(folder)
-    return Path(folder)
-
-
-@pytest.fixture
-def study(finished: Path, tmp_path: Path) -> Path:
-    shutil.copytree(finished, tmp_path / "study")
-    shutil.rmtree(tmp_path / "study" / "report")
-    return tmp_path / "study"
 
 
 def test_sections_stand_in_order_and_every_link_leads_somewhere(finished: Path) -> None:

@@ -14,23 +14,7 @@ import pytest
 from equipoise.core.errors import DataError
 from equipoise.study.report import build_report
 
-from . import synthetic
 from .report_page import change, page_of
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished study with its report. Tests that change it take a copy."""
-    folder = synthetic.build_study(tmp_path_factory.mktemp("study") / "starter")
-    build_report(folder)
-    return Path(folder)
-
-
-@pytest.fixture
-def study(finished: Path, tmp_path: Path) -> Path:
-    shutil.copytree(finished, tmp_path / "study")
-    shutil.rmtree(tmp_path / "study" / "report")
-    return tmp_path / "study"
 
 
 @pytest.mark.parametrize(

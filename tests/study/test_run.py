@@ -19,6 +19,8 @@ from equipoise.core.files import file_sha256, read_json, read_jsonl, write_jsonl
 from equipoise.study.run import failures, run_study
 from equipoise.study.settings import StudySettings
 
+from .conftest import study_values, write_files
+
 
 def words(number):
     """Words nobody else gets."""
@@ -47,6 +49,14 @@ def outcome(folder):
 
 
 # ---- from start to end
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, own_cache, tmp_path_factory):
+    """The settings and the folder of a study that ran to its end, undisturbed. Tests only read it."""
+    folder = tmp_path_factory.mktemp("finished")
+    values = study_values(tiny, write_files(folder))
+    return values, run_study(StudySettings.make(values), folder / "study")
 
 
 def test_a_whole_study_from_pairs_to_report(finished):

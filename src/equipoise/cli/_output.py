@@ -1,15 +1,21 @@
-"""How verbs speak: tables for people on stdout, or exactly one JSON object with `schema_version`; logs on stderr."""
+"""What verbs share: settings from a file and options, and how they speak.
+
+Tables for people on stdout, or exactly one JSON object with `schema_version`; logs on stderr.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from equipoise.core.runs import Run
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="override a setting: key.path=value (repeatable)")]
@@ -17,9 +23,28 @@ Config = Annotated[str | None, typer.Option("--config", help="a YAML file of set
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="start afresh where the output folder holds other work")]
 
 
+def values_of(config: str | None, **options: Any) -> dict[str, Any]:
+    """The settings of a file, and over them the options that were given; `--set` comes last, when settings are made of them."""
+    from equipoise.core.settings import read_yaml
+
+    values = read_yaml(config) if config else {}
+    return values | {name: value for name, value in options.items() if value is not None}
+
+
 def emit_json(value: Mapping[str, Any]) -> None:
     """One JSON object on stdout, `schema_version` first."""
     print(json.dumps({"schema_version": 1, **value}, indent=2, ensure_ascii=False, allow_nan=False, default=str))
+
+
+def emit_run(run: Run, results: Mapping[str, Any] | None = None) -> None:
+    """A finished stage as one JSON object; `results` where they are others than the stage's own."""
+    shown = dict(run.results if results is None else results)
+    emit_json({"folder": str(run.folder), "skipped": run.skipped, "seconds": round(run.seconds, 1), "results": shown})
+
+
+def state(run: Run) -> str:
+    """A finished stage in words for people."""
+    return "was already done" if run.skipped else f"done in {run.seconds:.0f} s"
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from equipoise.cli._output import Config, Json, Overwrite, Set, emit_json, line, table
+from equipoise.cli._output import Config, Json, Overwrite, Set, emit_json, emit_run, line, state, table, values_of
 
 app = typer.Typer(
     help="Look at a data set (inspect), turn it into token rows (prepare), or hand its replies to a scorer (replies).",
@@ -64,10 +64,9 @@ def prepare(
     settings = _settings(source, given, config, overrides)
     done = run(settings, _tokenizer(settings.model_name_or_path), overwrite=overwrite)
     if as_json:
-        emit_json({"folder": str(done.folder), "skipped": done.skipped, "seconds": round(done.seconds, 1), "results": dict(done.results)})
+        emit_run(done)
         return
-    state = "was already done" if done.skipped else f"done in {done.seconds:.0f} s"
-    line(f"{state}: {done.results['rows']} rows, {done.results['tokens']} tokens, from {done.results['rows_in']} rows of the source")
+    line(f"{state(done)}: {done.results['rows']} rows, {done.results['tokens']} tokens, from {done.results['rows_in']} rows of the source")
     line(f"{done.folder}/rows, {done.folder}/accounting.json")
 
 
@@ -103,11 +102,9 @@ def replies(
 
 def _settings(source: str | None, given: Mapping[str, Any], config: str | None, overrides: list[str] | None) -> Any:
     """The settings of a file, then the arguments, then --set."""
-    from equipoise.core.settings import read_yaml
     from equipoise.data.settings import PrepareSettings
 
-    values: dict[str, Any] = read_yaml(config) if config else {}
-    values |= {name: value for name, value in given.items() if value is not None}
+    values = values_of(config, **given)
     if source is not None:
         values["data"] = {**(values.get("data") or {}), "dataset_name": source}
     return PrepareSettings.make(values, overrides or (), config or "")

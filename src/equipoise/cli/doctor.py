@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,30 +52,18 @@ def examine(quick: bool = False) -> dict[str, Any]:
         "cache_free_gb": _free(cache),
         "assets": {name: _presence(name) for name in assets.ASSETS},
         "hub_reachable": None if quick else assets.hub_reachable(),
-        "gflops": None if quick else {name: matmul_speed(name) for name in ("float32", "bfloat16")},
+        "gflops": None if quick else _speed(),
         "optional": {name: importlib.util.find_spec(name) is not None for name in OPTIONAL},
     }
     return {**found, "problems": _problems(found)}
 
 
-def matmul_speed(dtype: str, size: int = 1024, seconds: float = 0.5) -> float:
-    """GFLOP/s of a size × size matrix product on the default device: the best of as many as fit into `seconds`."""
-    import torch
+def _speed() -> dict[str, float]:
+    """GFLOP/s of matrix products, as plans are made with."""
+    from equipoise.training.machine import measure
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    left = torch.randn(size, size, device=device).to(getattr(torch, dtype))
-    right = left.clone()
-
-    def once() -> float:
-        start = time.perf_counter()
-        (left @ right).sum().item()  # .item() waits for the device
-        return time.perf_counter() - start
-
-    once()
-    best, stop = once(), time.perf_counter() + seconds
-    while time.perf_counter() < stop:
-        best = min(best, once())
-    return round(2 * size**3 / best / 1e9, 1)
+    machine = measure()
+    return {name: round(machine.peak(name) / 1e9, 1) for name in ("float32", "bfloat16")}
 
 
 def _memory() -> float | None:

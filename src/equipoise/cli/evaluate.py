@@ -12,7 +12,7 @@ from equipoise.cli._output import Config, Json, Overwrite, Set, emit_json, line,
 
 Suite = Annotated[str | None, typer.Option("--suite", help="two-axis, opt350m-study, …")]
 From = Annotated[str | None, typer.Option("--from", help="the file or folder the suite reads")]
-OutputDir = Annotated[str | None, typer.Option("--output-dir", help="also keep evaluation.json and replies.jsonl there, as a stage")]
+OutputDir = Annotated[str | None, typer.Option("--output-dir", "-o", help="also keep evaluation.json and replies.jsonl there, as a stage")]
 
 
 def run(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from equipoise.cli._output import Config, Json, Overwrite, Set, emit_json, line
+from equipoise.cli._output import Config, Json, Overwrite, Set, emit_run, line, state, values_of
 
 
 def run(
@@ -22,21 +22,18 @@ def run(
 
     Example: equipoise generate smollm2-135m-instruct --prompts prompts.jsonl -o runs/base --set sampling.max_new_tokens=64
     """
-    from equipoise.core.settings import read_yaml
     from equipoise.generation import GenerateSettings, generate
     from equipoise.generation.scripted import NULL_POLICIES
 
-    values: dict[str, Any] = read_yaml(config) if config else {}
+    values = values_of(config, prompts=prompts, output_dir=output_dir)
     if model in NULL_POLICIES:
         values["generator"] = {"generator": "scripted", "policy": model}
     elif model is not None:
         values["generator"] = {"generator": "local", **(values.get("generator") or {}), "model_name_or_path": model}
-    values |= {name: value for name, value in {"prompts": prompts, "output_dir": output_dir}.items() if value is not None}
     done = generate(GenerateSettings.make(values, overrides or (), config or ""), overwrite)
     if as_json:
-        emit_json({"folder": str(done.folder), "skipped": done.skipped, "seconds": round(done.seconds, 1), "results": dict(done.results)})
+        emit_run(done)
         return
-    results = done.results
-    state = "was already done" if done.skipped else f"done in {done.seconds:.0f} s"
-    line(f"{state}: {results['completions']} replies, {results['tokens']} tokens, {results['cut_off']} cut off, {results['empty']} empty")
+    found = done.results
+    line(f"{state(done)}: {found['completions']} replies, {found['tokens']} tokens, {found['cut_off']} cut off, {found['empty']} empty")
     line(f"{done.folder}/completions.jsonl")

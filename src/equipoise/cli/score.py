@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from equipoise.cli._output import Config, Json, Overwrite, Set, emit_json, line, table
+from equipoise.cli._output import Config, Json, Overwrite, Set, emit_run, line, state, table, values_of
 
 
 def run(
@@ -35,13 +35,12 @@ def run(
     Example: equipoise score --pairs held_out.jsonl --implicit runs/dpo/model --base smollm2-135m-instruct -o runs/dpo-pairs
     """
     from equipoise.core.errors import UsageError
-    from equipoise.core.settings import read_yaml
     from equipoise.scorers import ScoreSettings, score
     from equipoise.scorers._base import RULES
 
     if (implicit is None) != (base is None):
         raise UsageError("An implicit reward needs both --implicit (the policy) and --base (its reference).")
-    values: dict[str, Any] = read_yaml(config) if config else {}
+    values = values_of(config, completions=completions, output_dir=output_dir)
     asked: list[Any] = list(scorers or ())
     models: list[Any] = [{"scorer": "reward_model", "model_name_or_path": reward_model}] if reward_model else []
     models += [{"scorer": "implicit", "model_name_or_path": implicit, "base_model_name_or_path": base}] if implicit else []
@@ -49,7 +48,6 @@ def run(
         asked = [*(asked or values.pop("scorers", None) or (() if pairs else RULES)), *models]
     if asked:
         values["scorers"] = asked
-    values |= {name: value for name, value in {"completions": completions, "output_dir": output_dir}.items() if value is not None}
     if pairs is not None:
         values.setdefault("completions", "")
     settings = ScoreSettings.make(values, overrides or (), config or "")
@@ -58,12 +56,12 @@ def run(
         return
     done = score(settings, overwrite)
     if as_json:
-        emit_json({"folder": str(done.folder), "skipped": done.skipped, "seconds": round(done.seconds, 1), "results": dict(done.results)})
+        emit_run(done)
         return
     summary = done.results["scorers"]
     rows = [(name, item["n"], item["missing"], "" if item["mean"] is None else f"{item['mean']:.4g}") for name, item in summary.items()]
     table("verdicts", ("scorer", "n", "no verdict", "mean"), rows)
-    line(("was already done: " if done.skipped else f"done in {done.seconds:.0f} s: ") + f"{done.folder}/verdicts.jsonl")
+    line(f"{state(done)}: {done.folder}/verdicts.jsonl")
 
 
 def _try_on_pairs(settings: Any, pairs: str, overwrite: bool, as_json: bool) -> None:
@@ -78,7 +76,7 @@ def _try_on_pairs(settings: Any, pairs: str, overwrite: bool, as_json: bool) -> 
     done = held_out(settings.scorers[0], {pairs: DataSettings(dataset_name=pairs)}, settings.output_dir, overwrite=overwrite)
     found = read_json(done.folder / HELD_OUT)
     if as_json:
-        emit_json({"folder": str(done.folder), "skipped": done.skipped, "seconds": round(done.seconds, 1), "results": found})
+        emit_run(done, found)
         return
     rows = [
         (
@@ -90,4 +88,4 @@ def _try_on_pairs(settings: Any, pairs: str, overwrite: bool, as_json: bool) -> 
         for name, item in (("prefers the chosen reply", found["pair_accuracy"]), ("guessing by length", found["length_baseline"]))
     ]
     table(f"{found['counts']['pairs']} pairs", ("", "n", "no verdict", "%"), rows)
-    line(("was already done: " if done.skipped else f"done in {done.seconds:.0f} s: ") + f"{done.folder}/{HELD_OUT}")
+    line(f"{state(done)}: {done.folder}/{HELD_OUT}")

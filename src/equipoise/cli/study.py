@@ -9,10 +9,12 @@ import typer
 
 from equipoise.cli._output import Json, Overwrite, Set, emit_json, line, table
 
-app = typer.Typer(no_args_is_help=True, help="Plan, run and report a comparison of methods.", pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="Plan, run and report a comparison of methods.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 
 Name = Annotated[str, typer.Argument(help="a bundled study's name, or a YAML file")]
-OutputDir = Annotated[str | None, typer.Option("--output-dir", help="study folder (default: runs/NAME)")]
+OutputDir = Annotated[str | None, typer.Option("--output-dir", "-o", help="study folder (default: runs/NAME)")]
 
 
 @app.command("list")
@@ -62,7 +64,7 @@ def run(name: Name, overrides: Set = None, output_dir: OutputDir = None, overwri
 @app.command("report")
 def report(
     study: Annotated[str, typer.Argument(help="study folder, or the name of a study in runs/")],
-    output_dir: Annotated[str | None, typer.Option("--output-dir", help="where to write it (default: the study's report/)")] = None,
+    output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="where to write it (default: the study's report/)")] = None,
     texts: Annotated[bool, typer.Option("--texts/--no-texts", help="show prompts and replies; without, the copy can be handed on")] = True,
     as_json: Json = False,
 ) -> None:

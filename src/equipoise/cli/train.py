@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from equipoise.cli._output import Config, Json, Overwrite, Set, emit_json, line, table
+from equipoise.cli._output import Config, Json, Overwrite, Set, emit_json, emit_run, line, state, table, values_of
 
 if TYPE_CHECKING:
     from equipoise.training.settings import TrainSettings
 
-OutputDir = Annotated[str | None, typer.Option("--output-dir", help="stage folder (default: runs/train)")]
+OutputDir = Annotated[str | None, typer.Option("--output-dir", "-o", help="stage folder (default: runs/train)")]
 
 
 def run(
@@ -31,17 +31,14 @@ def run(
     Example: equipoise train --set model_name_or_path=smollm2-135m-instruct --set streams.0.objective.name=sft
     """
     from equipoise.core.progress import say
-    from equipoise.core.settings import read_yaml
     from equipoise.training.settings import StreamSettings, TrainSettings
 
-    values: dict[str, Any] = read_yaml(config) if config else {}
+    values = values_of(config, output_dir=output_dir)
     if "streams" not in values:
         # So that --set streams.0.… has a first stream to change.
         values["streams"] = [StreamSettings().resolved() | {"data": {}}]
     if objective_file is not None:
         values["streams"][0]["objective"] = {"name": Path(objective_file).stem, "file": objective_file}
-    if output_dir is not None:
-        values["output_dir"] = output_dir
     settings = TrainSettings.make(values, overrides or (), config or "")
     if plan:
         found = planned(settings)
@@ -56,9 +53,9 @@ def run(
     if os.environ.get("RANK", "0") != "0":
         return  # one of several processes: the first speaks for all
     if as_json:
-        emit_json({"folder": str(done.folder), "skipped": done.skipped, "seconds": round(done.seconds, 1), "results": dict(done.results)})
+        emit_run(done)
         return
-    line(f"{'was already done' if done.skipped else f'done in {done.seconds:.0f} s'}: {done.folder}")
+    line(f"{state(done)}: {done.folder}")
 
 
 def planned(settings: TrainSettings) -> dict[str, Any]:

@@ -38,6 +38,15 @@ def write_array(stream: IO[bytes], dtype: Any, length: int, parts: Iterable[NDAr
         raise DataError(f"An array of {length} elements was announced, and {written} came.")
 
 
+def joined_cuts(parts: Iterable[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
+    """Cuts of ragged arrays as cuts of all of them end to end: each moved by what stands before it, the zero only once."""
+    before = 0
+    yield np.zeros(1, dtype=np.int64)
+    for part in parts:
+        yield part[1:] + before
+        before += int(part[-1])
+
+
 class Texts(Sequence[str]):
     """Texts as UTF-8 bytes uint8 end to end, cut by `starts` int64 [texts + 1]; in memory or memory-mapped."""
 

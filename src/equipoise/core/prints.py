@@ -16,7 +16,6 @@ product over the shingles both sides know, not estimated.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import unicodedata
 import zipfile
@@ -30,7 +29,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from equipoise.core.arrays import write_array
+from equipoise.core.arrays import joined_cuts, print64, write_array
 from equipoise.core.errors import DataError, UsageError
 from equipoise.core.files import atomic
 from equipoise.core.records import Message
@@ -113,7 +112,7 @@ class PromptPrints:
         exact, counts, flat = array("Q"), array("i"), array("Q")
         for prompt in prompts:
             folded = fold(prompt)
-            exact.append(_hash(" ".join(folded)))
+            exact.append(print64(" ".join(folded)))
             counts.append(len(folded))
             flat.extend(map(known.__getitem__, folded))
         hashes, sizes = np.array(flat, dtype=np.uint64), np.array(counts, dtype=np.int32)
@@ -137,9 +136,9 @@ class PromptPrints:
         return cls(
             exact=np.concatenate([part.exact for part in parts]),
             words=np.concatenate([part.words for part in parts]),
-            word_starts=_joined([part.word_starts for part in parts]),
+            word_starts=np.concatenate(list(joined_cuts(part.word_starts for part in parts))),
             word_values=np.concatenate([part.word_values for part in parts]),
-            gram_starts=_joined([part.gram_starts for part in parts]),
+            gram_starts=np.concatenate(list(joined_cuts(part.gram_starts for part in parts))),
             gram_values=np.concatenate([part.gram_values for part in parts]),
         )
 
@@ -153,7 +152,7 @@ class PromptPrints:
                     if name == "schema_version":
                         np.save(member, np.int64(SCHEMA_VERSION))
                     elif name.endswith("_starts"):
-                        write_array(member, np.int64, lengths[name] - len(parts) + 1, _moved(parts, name))
+                        write_array(member, np.int64, lengths[name] - len(parts) + 1, joined_cuts(_arrays(parts, name)))
                     else:
                         write_array(member, _FIELDS[name], lengths[name], _arrays(parts, name))
 
@@ -260,7 +259,7 @@ class _Hashes(dict[str, int]):
     """Word → hash, made once."""
 
     def __missing__(self, word: str) -> int:
-        self[word] = made = _hash(word)
+        self[word] = made = print64(word)
         return made
 
 
@@ -269,10 +268,6 @@ def _best(row: NDArray[Any], column: NDArray[Any], similarity: NDArray[Any]) -> 
     order = np.lexsort((column, -similarity, row))
     _, first = np.unique(row[order], return_index=True)
     return [Overlap(int(row[index]), int(column[index]), "near", float(similarity[index])) for index in order[first]]
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def _three_grams(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -295,19 +290,3 @@ def _arrays(paths: Iterable[Path], name: str) -> Iterator[NDArray[Any]]:
     for path in paths:
         with np.load(path, allow_pickle=False) as data:
             yield data[name]
-
-
-def _moved(paths: Iterable[Path], name: str) -> Iterator[NDArray[np.int64]]:
-    """The starts of concatenated ragged arrays, part by part."""
-    before = 0
-    yield np.zeros(1, dtype=np.int64)
-    for part in _arrays(paths, name):
-        moved = part[1:] + before
-        before = int(moved[-1])
-        yield moved
-
-
-def _joined(starts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """The starts of concatenated ragged arrays."""
-    sizes = np.concatenate([np.diff(part) for part in starts])
-    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from equipoise.core.arrays import Seen, Texts, print64, write_array
+from equipoise.core.arrays import Seen, Texts, joined_cuts, print64, write_array
 from equipoise.core.errors import DataError
 from equipoise.core.files import atomic, write_json
-from equipoise.data.rows import ID_COLUMNS, fingerprint_start, hashed, header_of, read_header
+from equipoise.data.rows import fingerprint_start, hashed, header_of, read_header
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,10 @@ def join(shards: Sequence[Path], folder: Path) -> Joined:
     _check_ids(parts)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rows.json").unlink(missing_ok=True)
-    digest = fingerprint_start((name for part in parts for name in part.ids()), roles)
     columns: dict[str, tuple[Any, int, Iterator[NDArray[Any]]]] = {
         "tokens": (np.int32, tokens, (part.array("tokens") for part in parts)),
-        "starts": (np.int64, segments + 1, _cuts(parts, "starts")),
-        "segments": (np.int64, rows + 1, _cuts(parts, "segments")),
+        "starts": (np.int64, segments + 1, joined_cuts(part.array("starts") for part in parts)),
+        "segments": (np.int64, rows + 1, joined_cuts(part.array("segments") for part in parts)),
         "roles": (np.int8, segments, (part.renumbered(roles) for part in parts)),
     }
     for name in marks:
@@ -51,10 +50,11 @@ def join(shards: Sequence[Path], folder: Path) -> Joined:
     for name in facts:
         columns[f"fact-{name}"] = (np.float64, segments, map(partial(_Part.fact, name=name), parts))
     columns["ids"] = (np.uint8, sum(part.id_bytes for part in parts), (part.array("ids") for part in parts))
-    columns["id-starts"] = (np.int64, rows + 1, _cuts(parts, "id-starts"))
+    columns["id-starts"] = (np.int64, rows + 1, joined_cuts(part.array("id-starts") for part in parts))
+    digest = fingerprint_start(roles)
     for name, (dtype, length, values) in columns.items():
         with atomic(folder / f"{name}.npy", "wb") as stream:
-            write_array(stream, dtype, length, values if name in ID_COLUMNS else hashed(digest, name, values))
+            write_array(stream, dtype, length, hashed(digest, name, values))
     write_json(folder / "rows.json", header_of(roles, marks, facts))
     return Joined(rows, tokens, digest.hexdigest()[:16])
 
@@ -95,16 +95,6 @@ class _Part:
 
     def fact(self, name: str) -> NDArray[np.float64]:
         return self.array(f"fact-{name}") if name in self.facts else np.full(self.segments, np.nan)
-
-
-def _cuts(parts: Sequence[_Part], name: str) -> Iterator[NDArray[np.int64]]:
-    """Cuts of all parts as cuts of the whole: each moved by what stands before it, the zero only once."""
-    before = 0
-    yield np.zeros(1, dtype=np.int64)
-    for part in parts:
-        moved = part.array(name)[1:] + before
-        before = int(moved[-1])
-        yield moved
 
 
 def _check_ids(parts: Sequence[_Part]) -> None:

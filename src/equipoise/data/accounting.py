@@ -59,7 +59,7 @@ class Accounting:
         return self
 
     def add(self, other: Accounting) -> None:
-        """Take in the counts of another part of the same data (a shard, a second source)."""
+        """Take in the counts of another part of the same data (a shard)."""
         for reason, entry in other.dropped.items():
             mine = self.dropped.setdefault(reason, Dropped())
             mine.count += entry.count

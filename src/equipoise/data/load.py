@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
 from equipoise.core.errors import DataError
 from equipoise.core.files import file_fingerprint, fingerprint
 from equipoise.core.prints import PromptPrints
-from equipoise.core.records import Message, Record
+from equipoise.core.records import Record
 from equipoise.data import mixture
 from equipoise.data._read import Row, is_local, local_path, read, read_file, stem_of
 from equipoise.data.accounting import Accounting
@@ -95,21 +95,10 @@ def _records(
             accounting.drop("beyond max_rows", record.id)
         else:
             accounting.kept += 1
-            yield _with_system(judged(record), settings.system_prompt)
+            yield judged(record)
     accounting.check()
     if not accounting.kept and (settings.part == "all" or not first):
         raise DataError(f"{name}: no row is left; {accounting.in_words()}.")
-
-
-def mix(parts: Mapping[str, Loaded]) -> Loaded:
-    """Several loaded sources as one, in order; ids get their source's name in front."""
-    accounting = Accounting()
-    records = []
-    for name, loaded in parts.items():
-        accounting.add(loaded.accounting)
-        records += [replace(record, id=f"{name}/{record.id}") for record in loaded.records]
-    formats = {loaded.format for loaded in parts.values()}
-    return Loaded(records, accounting.check(), records_fingerprint(records), " + ".join(sorted(formats)))
 
 
 def source_fingerprint(settings: DataSettings, dataset: Any = None) -> dict[str, str]:
@@ -155,12 +144,6 @@ def _is_starter(settings: DataSettings, dataset: Any) -> bool:
 
 def _name(settings: DataSettings, dataset: Any) -> str:
     return settings.dataset_name if dataset is None else "The data set in memory"
-
-
-def _with_system(record: Record, system_prompt: str | None) -> Record:
-    if system_prompt is None or any(turn.role == "system" for turn in record.prompt):
-        return record
-    return replace(record, prompt=(Message("system", system_prompt), *record.prompt))
 
 
 def _prints_fingerprint(prints: PromptPrints) -> str:

@@ -131,8 +131,7 @@ def _in_a_process(shard: Path, made: list[Record]) -> Accounting:
 def _shard(shard: Path, made: list[Record], encoder: Encoder) -> Accounting:
     """Tokenise one shard, unless it is there already. Its accounting is written last: without it the shard does not count."""
     mark = shard / "accounting.json"
-    # A version before rows format 2 left no prints; its shards are made again.
-    if mark.is_file() and (shard / PRINTS).is_file() >= (shard / "rows.json").is_file():
+    if mark.is_file():
         return Accounting.from_json(read_json(mark))
     accounting = Accounting()
     rows = [row for some in batches(made, BATCH) for row in tokenise_units(some, encoder, accounting)]

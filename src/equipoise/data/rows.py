@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
 
@@ -164,7 +164,7 @@ class TokenRows(Sequence[TokenRow]):
             role_names=header["roles"],
             marks={name: array(f"mark-{name}") for name in header["marks"]},
             facts={name: array(f"fact-{name}") for name in header["facts"]},
-            ids=Texts.of(header["ids"]) if "ids" in header else Texts(array("ids"), array("id-starts")),
+            ids=Texts(array("ids"), array("id-starts")),
         )
 
     def __len__(self) -> int:
@@ -206,11 +206,10 @@ class TokenRows(Sequence[TokenRow]):
 
     def fingerprint(self) -> str:
         """16 hex digits of the content: ids, tokens, cuts, roles, marks and facts."""
-        digest = fingerprint_start(self._ids, self._role_names)
+        digest = fingerprint_start(self._role_names)
         for name, values in self._columns().items():
-            if name not in ID_COLUMNS:
-                for _ in hashed(digest, name, pieces(values)):
-                    pass
+            for _ in hashed(digest, name, pieces(values)):
+                pass
         return digest.hexdigest()[:16]
 
     def _columns(self) -> dict[str, NDArray[Any]]:
@@ -221,39 +220,27 @@ class TokenRows(Sequence[TokenRow]):
         return arrays | {"ids": self._ids.values, "id-starts": self._ids.starts}
 
 
-ID_COLUMNS = ("ids", "id-starts")
-
-
 def header_of(roles: Iterable[str], marks: Iterable[str], facts: Iterable[str]) -> dict[str, Any]:
     """What `rows.json` holds: the names, in the order of their numbers and files."""
     return {"schema_version": SCHEMA_VERSION, "roles": list(roles), "marks": list(marks), "facts": list(facts)}
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """`rows.json` of a folder; of format 1 with the row ids in it. Raises DataError for a format of later."""
+    """`rows.json` of a folder. Raises DataError for another format."""
     header: dict[str, Any] = read_json(folder / "rows.json")
-    if header.get("schema_version") not in (1, SCHEMA_VERSION):
-        raise DataError(f"{folder} was written with format {header.get('schema_version')}; this version reads 1 and {SCHEMA_VERSION}.")
+    if header.get("schema_version") != SCHEMA_VERSION:
+        raise DataError(f"{folder} was written with format {header.get('schema_version')}; this version reads {SCHEMA_VERSION}.")
     return header
 
 
-def fingerprint_start(ids: Iterable[str], roles: Sequence[str]) -> Any:
-    """The digest of a fingerprint with ids and roles in it: that of the JSON object of both, made piece by piece."""
-    inner = hashlib.sha256(b'{"ids": [')
-    names = iter(ids)
-    separator = ""
-    while some := list(islice(names, 4096)):
-        inner.update((separator + json.dumps(some, ensure_ascii=False)[1:-1]).encode("utf-8", "surrogatepass"))
-        separator = ", "
-    inner.update(f'], "roles": {json.dumps(list(roles), ensure_ascii=False)}}}'.encode())
-    return hashlib.sha256(inner.hexdigest()[:16].encode())
+def fingerprint_start(roles: Sequence[str]) -> Any:
+    """The digest of a fingerprint with the role names in it; the arrays follow, in the order of their files."""
+    return hashlib.sha256(json.dumps(list(roles)).encode())
 
 
 def hashed(digest: Any, name: str, parts: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
     """The parts of an array as they come, taken into the digest under its file's name."""
-    # Names as they were hashed in format 1, so that fingerprints stay what they are.
-    prefix, _, rest = name.partition("-")
-    digest.update({"roles": "role", "mark": rest, "fact": f"fact {rest}"}.get(prefix, name).encode())
+    digest.update(name.encode())
     for part in parts:
         digest.update(part.tobytes())
         yield part

@@ -49,7 +49,6 @@ class DataSettings(Settings):
         default=(), description="sources whose prompts must not occur here, exactly or nearly: data or prompt files, 'starter', .npz prints"
     )
     exclude_near: float = Field(default=0.8, ge=0.5, le=1.0, description="similarity from which an excluded prompt counts as the same")
-    system_prompt: str | None = Field(default=None, description="put before every prompt that has no system turn of its own")
 
     @model_validator(mode="after")
     def _fractions(self) -> Self:

@@ -31,11 +31,6 @@ class Verdict:
         row = {"id": self.id, "by": self.by, "value": self.value, "reason": self.reason}
         return row if self.detail is None else {**row, "detail": dict(self.detail)}
 
-    @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Verdict:
-        """Read back one line of `verdicts.jsonl`."""
-        return cls(str(row["id"]), row["by"], row["value"], row.get("reason", ""))
-
 
 class Scorer(Protocol):
     """Scores completions, each on its own."""

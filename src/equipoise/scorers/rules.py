@@ -128,14 +128,15 @@ class LengthRule(Scorer):
         return verdicts
 
 
-def repetition(text: str, n: int = 4) -> float:
-    """The share of a reply's word n-grams that repeat an earlier one, 0 to 1; 0 for replies of fewer than 3 n words.
+def repetition(text: str) -> float:
+    """The share of a reply's word 4-grams that repeat an earlier one, 0 to 1; 0 for replies of fewer than 12 words.
 
     Words are lower-cased runs without spaces. A text without spaces (or a run of one character) is measured on
     characters in the same way with n-grams of 12, so that "aaaa…" and unspaced scripts are seen too. Ordinary English
     prose stays under 0.1; a sentence said three times reaches about 0.6.
     """
     words: Sequence[str] = text.lower().split()
+    n = 4
     if len(words) < 3 * n:
         words, n = "".join(words), 12
     count = len(words) - n + 1

@@ -57,12 +57,12 @@ def pair(values: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[Reply, R
     return prompt, replies
 
 
-def prompt_of(values: Mapping[str, Any], name: str = "prompt") -> tuple[Message, ...]:
+def prompt_of(values: Mapping[str, Any]) -> tuple[Message, ...]:
     """The prompt column as messages: text is one user turn (or a transcript), a list is read as it is."""
-    value = values.get(name)
+    value = values.get("prompt")
     if isinstance(value, str) or value is None:
-        return parse_prompt(_base.text(values, name))
-    return _base.merged(_base.messages(value, name))
+        return parse_prompt(_base.text(values, "prompt"))
+    return _base.merged(_base.messages(value, "prompt"))
 
 
 def _side(values: Mapping[str, Any], name: str) -> tuple[Message, ...]:
