@@ -12,6 +12,7 @@ import pytest
 import typer
 
 from equipoise.cli import main as cli
+from tests.tiny import tiny, tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "src").rglob("*.md")])
@@ -124,6 +125,18 @@ def test_an_unknown_verb_or_option_would_be_found():
         check_equipoise_command(["equipoise", "docter"])
     with pytest.raises(AssertionError, match="no option"):
         check_equipoise_command(["equipoise", "doctor", "--jsn"])
+
+
+def test_readmes_python_runs_as_written(tmp_path, monkeypatch):
+    """One block after another, as a reader pastes them, with a tiny model in place of the one that is fetched."""
+    tiny().save_pretrained(tmp_path / "tiny")
+    tokenizer().save_pretrained(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache"))
+    names: dict[str, object] = {}
+    for block in blocks(ROOT / "README.md", "python"):
+        exec(block.replace("smollm2-135m-instruct", "tiny"), names)
+    assert len(list(tmp_path.glob("runs/*/model"))) == 2
 
 
 def test_readme_starts_with_the_two_commands():

@@ -79,7 +79,7 @@ def run_stage(
                 other = _difference(folder, header, kind, settings, inputs, neutral)
                 raise StageError(
                     f"{folder} holds the {header.get('kind', 'other')} stage of {other}. "
-                    "Choose another output folder, or pass --overwrite to start afresh."
+                    "Choose another output folder, or pass --overwrite (in Python overwrite=True) to start afresh."
                 )
             shutil.rmtree(folder)
         elif is_done(folder):

@@ -38,13 +38,20 @@ class Rows:
         return self.rows if isinstance(self.rows, TokenRows) else TokenRows.of(self.rows)
 
 
+def named_data(settings: TrainSettings, name: str | Path) -> TrainSettings:
+    """These settings with the data of this name in the first stream: whatever else they say of the data stays."""
+    first, *others = settings.streams
+    data = _sources(first)[0].model_copy(update={"dataset_name": str(name)})
+    return settings.model_copy(update={"streams": (first.model_copy(update={"data": data}), *others)})
+
+
 def make_streams(
     settings: TrainSettings, objectives: Sequence[Objective], tokenizer: Any, dataset: Any, eval_dataset: Any
 ) -> tuple[list[Rows], list[Rows | None]]:
     """Training and dev rows of every stream.
 
-    dataset, eval_dataset: None, or what `fit` takes in memory (of the first stream). Where the data names its `train`
-    part, the dev rows are the `dev` part of the same source: choices look at dev only.
+    dataset, eval_dataset: None, or what `fit` takes (of the first stream; a name for the dev rows only). Where the data names
+    its `train` part, the dev rows are the `dev` part of the same source: choices look at dev only.
     """
     train: list[Rows] = []
     dev: list[Rows | None] = []
@@ -113,7 +120,11 @@ def _rows(
     if _all(given, Record):
         records = list(given)
     elif given is not None:
-        loaded = load(_sources(stream)[0] if stream.data is not None else DataSettings(), dataset=given)
+        source = _sources(stream)[0]
+        if isinstance(given, (str, Path)):  # dev rows by name: all of them, whichever part is trained on
+            loaded = load(source.model_copy(update={"dataset_name": str(given), "part": "all"}))
+        else:
+            loaded = load(source, dataset=given)
         records, accounting = loaded.records, [loaded.accounting.as_json()]
     else:
         for source in _sources(stream):

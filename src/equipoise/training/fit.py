@@ -45,7 +45,7 @@ from equipoise.training._model import (
 from equipoise.training._preflight import check_recipe
 from equipoise.training._ranks import Ranks
 from equipoise.training._references import References, check_references, stored_tolerance
-from equipoise.training._rows import Rows, checked_streams, make_streams, shared_rows
+from equipoise.training._rows import Rows, checked_streams, make_streams, named_data, shared_rows
 from equipoise.training._streams import Forward, Stream
 from equipoise.training.checkpoints import CompleteMark, SaveEvery, newest_complete
 from equipoise.training.estimate import for_this_machine
@@ -75,8 +75,9 @@ def fit(
         settings: the whole recipe; everything below may stay None.
         model: a loaded model to train (in place of `model_name_or_path`).
         tokenizer: its tokenizer.
-        train_dataset: rows of the first stream: a `datasets.Dataset`, a list of dicts, `Record`s, or `TokenRows`.
-        eval_dataset: dev rows, the same kinds.
+        train_dataset: rows of the first stream: a `datasets.Dataset`, a list of dicts, `Record`s, or `TokenRows`; or the name of a
+            file, folder or hub data set, which is then the settings' `data.dataset_name`.
+        eval_dataset: dev rows, the same kinds; of a named one every row.
         objective: an `Objective`, or any function `(Scored) -> losses [U]`, in place of the first stream's.
         needs: what such a function reads; pairs with a stored reference unless given.
         callbacks: `transformers.TrainerCallback`s.
@@ -89,6 +90,8 @@ def fit(
         UsageError, DataError: settings or rows that cannot work. NumericsError: the start check failed, or a loss is not finite.
     """
     check_recipe(settings)
+    if isinstance(train_dataset, (str, Path)):
+        settings, train_dataset = named_data(settings, train_dataset), None
     objectives = [build(stream.objective) for stream in settings.streams]
     if objective is not None:
         objectives[0] = objective if isinstance(objective, Objective) else from_callable(objective, needs)
