@@ -49,7 +49,7 @@ def test_where_a_stage_writes_does_not_change_what_it_is():
 )
 def test_other_work_in_the_folder_is_an_error_naming_the_difference(tmp_path, kind, settings, inputs, named):
     run_stage(tmp_path / "a", "train", {"lr": 1}, {"data": "f1"}, counted([]))
-    with pytest.raises(StageError, match=named):
+    with pytest.raises(StageError, match=rf"{named}.*--overwrite \(in Python overwrite=True\)"):
         run_stage(tmp_path / "a", kind, settings, inputs, counted([]))
     fresh = run_stage(tmp_path / "a", kind, settings, inputs, counted([]), overwrite=True)
     assert not fresh.skipped

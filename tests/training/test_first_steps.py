@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from equipoise.cli.train import planned
+from equipoise.core.errors import DataError
 from equipoise.core.files import read_json
 from equipoise.training.fit import fit
 from tests.tiny import preference_dicts, recipe
@@ -33,3 +35,29 @@ def test_dev_rows_given_by_name_are_all_of_them(base: Path, pairs: Path, tmp_pat
     counted = read_json(run.folder / "accounting.json")["main"]
     assert counted["train"][0]["kept"] < 12
     assert counted["dev"][0]["kept"] == 12
+
+
+def lossy(tmp_path: Path) -> str:
+    """Six pairs, one of them equal, one with an empty reply, one with a prompt too long for 40 tokens."""
+    rows = preference_dicts(6)
+    rows[0]["chosen"] = rows[0]["rejected"]
+    rows[1]["chosen"] = " "
+    rows[2]["prompt"] = "w1 " * 60
+    path = tmp_path / "lossy.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+SAID = "4 of 6 rows kept: 1 chosen equals rejected, 1 empty reply; 1 prompt truncated"
+
+
+def test_a_run_says_what_became_of_the_rows(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"tokenise": {"max_length": 40}, "max_steps": 1, "streams": [{"data": {"dataset_name": lossy(tmp_path)}}]}
+    assert planned(recipe(base, tmp_path / "out", **given))["streams"][0]["data"] == SAID
+    fit(recipe(base, tmp_path / "out", **given))
+    assert f"data of main: {SAID}\n" in capsys.readouterr().err
+
+
+def test_no_row_left_is_said_in_words(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"after tokenising: 4 of 4 rows dropped: .* \(4: lossy:3, lossy:4"):
+        fit(recipe(base, tmp_path / "out", tokenise={"max_length": 2}), train_dataset=lossy(tmp_path))

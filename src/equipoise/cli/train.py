@@ -82,6 +82,7 @@ def planned(settings: TrainSettings) -> dict[str, Any]:
         tokens = units * sum(row.tokens for row in given.rows) / len(given.rows)
         flops += _cost.train_flops(parameters, tokens, settings.use_peft, method.needs.reference != "none")
         streams.append({"name": stream.name, "objective": dict(stream.objective), "rows": len(given.rows), "tokens": round(tokens)})
+        streams[-1]["data"] = given.outcome()
     lengths = [[(len(row.prompt), tuple(len(branch.ids) for branch in row.branches)) for row in given.rows] for given in train]
     machine = measure()
     found = Estimator(settings, lengths, machine, readout, [method.needs.reference for method in objectives]).estimate()
@@ -106,6 +107,8 @@ def _show(plan: dict[str, Any], as_json: bool) -> None:
 
     rows = [(stream["name"], stream["objective"].get("name"), stream["rows"], f"{stream['tokens']:,}") for stream in plan["streams"]]
     table("Streams", ("stream", "objective", "rows", "tokens"), rows)
+    for stream in plan["streams"]:
+        line(f"data of {stream['name']}: {stream['data']}")
     memory = plan["memory"]
     parts = [(name, gigabytes(size)) for name, size in memory["parts"].items()]
     table(f"Memory of the largest micro-batch ({plan['token_budget']} tokens, {plan['form']} rows)", ("part", "size"), parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +76,13 @@ class Accounting:
         reasons = "; ".join(f"{reason} ({entry.count}: {', '.join(entry.rows)})" for reason, entry in self.dropped.items())
         return f"{self.dropped_total} of {self.rows_in} rows dropped: {reasons}"
 
+    def outcome(self) -> str:
+        """'15 of 40 rows kept: 15 chosen equals rejected, 10 empty reply; 3 prompts truncated': one line for a log."""
+        reasons = ", ".join(f"{entry.count} {reason}" for reason, entry in self.dropped.items())
+        kept = f"{self.kept} of {self.rows_in} rows kept: {reasons}" if reasons else f"all {self.rows_in} rows kept"
+        cut = ((self.truncated_prompts, "prompt", "prompts", "truncated"), (self.replies_cut, "reply", "replies", "cut"))
+        return "; ".join([kept, *(f"{count} {one if count == 1 else many} {done}" for count, one, many, done in cut if count)])
+
     def as_json(self) -> dict[str, Any]:
         """Plain data for `accounting.json`, after `check`."""
         self.check()
@@ -89,6 +96,17 @@ class Accounting:
             "replies_cut": self.replies_cut,
             "notes": dict(self.notes),
         }
+
+    @classmethod
+    def joined(cls, stages: Iterable[Mapping[str, Any]]) -> Accounting:
+        """Stages that rows went through one after another (several sources, then the tokenizer), each as `as_json`, as one count."""
+        joined = cls()
+        kept = 0
+        for stage in map(cls.from_json, stages):
+            joined.add(stage)
+            kept = stage.kept
+        joined.kept, joined.rows_in = kept, kept + joined.dropped_total
+        return joined
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Accounting:

@@ -11,6 +11,7 @@ from typing import Any
 from equipoise.core.errors import DataError, UsageError
 from equipoise.core.prints import PromptPrints, conversation_text
 from equipoise.core.records import Record
+from equipoise.data.accounting import Accounting
 from equipoise.data.load import load
 from equipoise.data.rows import TokenRow, TokenRows
 from equipoise.data.settings import DataSettings
@@ -32,6 +33,10 @@ class Rows:
     def fingerprint(self) -> str:
         """Identity of the tokens and marks."""
         return self.packed().fingerprint()
+
+    def outcome(self) -> str:
+        """What was kept, dropped and truncated, in words; empty for token rows, which came as they are."""
+        return Accounting.joined(self.accounting).outcome() if self.accounting else ""
 
     def packed(self) -> TokenRows:
         """The rows as flat arrays."""
@@ -134,11 +139,11 @@ def _rows(
     if not records:
         if may_be_empty:
             return Rows([], accounting, None)
-        raise DataError(f"Stream {stream.name!r} has no rows left to train on: {accounting}.")
+        raise DataError(f"Stream {stream.name!r} has no rows left to train on: {Accounting.joined(accounting).in_words()}.")
     rows, tokens = tokenise(records, tokenizer, settings.tokenise, objective.needs.roles, objective.facts())
     accounting.append(tokens.as_json())
     if not len(rows) and not may_be_empty:
-        raise DataError(f"Stream {stream.name!r} has no rows left after tokenising: {tokens.as_json()}.")
+        raise DataError(f"Stream {stream.name!r} has no rows left after tokenising: {tokens.in_words()}.")
     return Rows(rows, accounting, PromptPrints.of(conversation_text(record.prompt) for record in records))
 
 

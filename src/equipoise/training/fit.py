@@ -223,6 +223,9 @@ class _Fit:
     def _write_provenance(self) -> None:
         if self.ranks.rank:
             return  # rank 0 made the rows and knows how they came about
+        for stream, rows in zip(self.settings.streams, self.given, strict=True):
+            if rows.accounting:
+                say(f"data of {stream.name}: {rows.outcome()}")
         write_json(
             self.folder / "accounting.json",
             {
