@@ -135,6 +135,11 @@ def test_an_objectives_wrong_value_is_found_when_planning(values):
         plan_study(make(values, "stages.dpo.objective.beta=-1"), machine=MACHINE)
 
 
+def test_a_recipe_that_cannot_work_is_found_when_planning(values):
+    with pytest.raises(UsageError, match="Did you mean 'wandb'"):
+        plan_study(make(values, "training.report_to=wandbb"), machine=MACHINE)
+
+
 def test_prompts_of_a_data_block_need_an_axis(values):
     values["evaluation"]["prompts"] = [{"data": "pairs"}]
     with pytest.raises(UsageError, match="axis"):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from equipoise.cli.train import planned
 from equipoise.core.errors import DataError
 from equipoise.core.files import read_json
+from equipoise.training._preflight import advice
 from equipoise.training.fit import fit
+from equipoise.training.settings import TrainSettings
 from tests.tiny import preference_dicts, recipe
 
 
@@ -35,6 +38,15 @@ def test_dev_rows_given_by_name_are_all_of_them(base: Path, pairs: Path, tmp_pat
     counted = read_json(run.folder / "accounting.json")["main"]
     assert counted["train"][0]["kept"] < 12
     assert counted["dev"][0]["kept"] == 12
+
+
+def test_a_bare_no_of_yaml_is_a_no() -> None:
+    assert TrainSettings.make({"model_name_or_path": "x"}, ["save_strategy=no"]).save_strategy == "no"
+
+
+@pytest.mark.parametrize(("values", "told"), [({"use_peft": True}, True), ({"use_peft": True, "learning_rate": 1e-4}, False), ({}, False)])
+def test_lora_at_the_default_rate_is_remarked_on(values: dict[str, Any], told: bool) -> None:
+    assert ["LoRA usually wants 1e-5 to 1e-4" in hint for hint in advice(TrainSettings(model_name_or_path="x", **values))] == [True] * told
 
 
 def lossy(tmp_path: Path) -> str:

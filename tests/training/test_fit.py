@@ -39,6 +39,9 @@ def test_dpo_starts_at_ln_2_and_learns(base: Path, tmp_path: Path) -> None:
     assert log[-1]["loss"] < 0.5
     assert log[-1]["rewards/margins"] > 0
     assert len(log) == run.results["steps"] == 6
+    last = read_jsonl(run.folder / "log.jsonl")[-2]
+    assert "train_steps_per_second" in last
+    assert not {"train_samples_per_second", "total_flos"} & last.keys(), "of a step the library counts one sample and no FLOPs"
     assert {"eval_loss", "eval_rewards/accuracies"} <= run.results["dev"].keys()
     model = AutoModelForCausalLM.from_pretrained(run.folder / "model")
     assert model.config.vocab_size == 96
@@ -212,6 +215,8 @@ def test_what_cannot_work_is_refused(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
+        ({"report_to": "wandbb"}, "Unknown tracker report_to='wandbb'. Did you mean 'wandb'"),
+        ({"report_to": "clearml"}, "needs clearml, which is not installed: pip install clearml"),
         ({"max_steps": 0}, "max_steps=0 would train nothing"),
         ({"lr_scheduler_type": "cosin"}, "Did you mean 'cosine'"),
         ({"save_strategy": "steps", "save_steps": 0}, "needs save_steps"),

@@ -41,8 +41,12 @@ def run(
         values["streams"][0]["objective"] = {"name": Path(objective_file).stem, "file": objective_file}
     settings = TrainSettings.make(values, overrides or (), config or "")
     if plan:
+        from equipoise.training._preflight import advice
+
         found = planned(settings)
         _show(found, as_json)
+        for hint in advice(settings):
+            say(hint)
         if found["problem"]:
             say(found["problem"])
             raise typer.Exit(1)

@@ -181,7 +181,10 @@ def _judge_parameters(settings: StudySettings) -> int | None:
 
 def _plan_training(node: Node, arms: tuple[str, ...], settings: StudySettings, sizer: Sizer, machine: Machine) -> StagePlan:
     """Rows, tokens and FLOPs of a training stage: every stream gives as many units a step as the first."""
+    from equipoise.training._preflight import check_recipe
+
     recipe = sizer.recipe(node)
+    check_recipe(recipe)
     sizes: list[Sizes | None] = [sizer.block(stream.data, node, stream.objective) for stream in node.streams]
     first = sizes[0]
     batch = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from transformers import SchedulerType
+from transformers.integrations import integration_utils
 from transformers.training_args import OptimizerNames
 
 from equipoise.core.errors import UsageError, nearest
@@ -34,9 +35,14 @@ _REFUSED = (
 )
 
 
+LORA_RATE = 1e-6
+"""The default learning rate, one for all weights: at it, or below, LoRA hardly moves."""
+
+
 def check_recipe(settings: TrainSettings) -> None:
     """Raise UsageError for what cannot work: a name that is not known, an optimizer not right here, settings that exclude each other."""
     check_optimizer(settings.optim)
+    check_tracker(settings.report_to)
     schedules = [item.value for item in SchedulerType]
     if settings.lr_scheduler_type not in schedules:
         raise UsageError(
@@ -66,6 +72,22 @@ def check_optimizer(name: str) -> None:
     package = _match(_PACKAGES, name)
     if package is not None and importlib.util.find_spec(package[0]) is None:
         raise UsageError(f"optim={name!r} needs {package[0]}, which is not installed: pip install '{package[1]}'.")
+
+
+def check_tracker(name: str) -> None:
+    """Raise UsageError unless transformers knows this tracker and its package is installed."""
+    known = ["none", "all", *integration_utils.INTEGRATION_TO_CALLBACK]
+    if name not in known:
+        raise UsageError(f"Unknown tracker report_to={name!r}.{nearest(name, known)}")
+    if name not in ("none", "all", *integration_utils.get_available_reporting_integrations()):
+        raise UsageError(f"report_to={name!r} needs {name}, which is not installed: pip install {name}.")
+
+
+def advice(settings: TrainSettings) -> list[str]:
+    """What works and may not be what is meant, to be said before the run goes on."""
+    if settings.use_peft and settings.learning_rate <= LORA_RATE:
+        return [f"learning_rate={settings.learning_rate:g} with use_peft: LoRA usually wants 1e-5 to 1e-4, and hardly moves at this one"]
+    return []
 
 
 def _match(table: Sequence[tuple[str, ...]], name: str) -> tuple[str, ...] | None:

@@ -42,7 +42,7 @@ from equipoise.training._model import (
     model_identity,
     no_dropout,
 )
-from equipoise.training._preflight import check_recipe
+from equipoise.training._preflight import advice, check_recipe
 from equipoise.training._ranks import Ranks
 from equipoise.training._references import References, check_references, stored_tolerance
 from equipoise.training._rows import Rows, checked_streams, make_streams, named_data, shared_rows
@@ -223,6 +223,8 @@ class _Fit:
     def _write_provenance(self) -> None:
         if self.ranks.rank:
             return  # rank 0 made the rows and knows how they came about
+        for hint in advice(self.settings):
+            say(hint)
         for stream, rows in zip(self.settings.streams, self.given, strict=True):
             if rows.accounting:
                 say(f"data of {stream.name}: {rows.outcome()}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from equipoise.core.errors import UsageError
 from equipoise.core.settings import Settings
@@ -132,6 +132,12 @@ class TrainSettings(Settings):
     )
     report_to: str = Field(default="none", description="none, tensorboard, wandb, trackio")
     seed: int = Field(default=0, description="data order, LoRA initialisation, dropout")
+
+    @field_validator("save_strategy", mode="before")
+    @classmethod
+    def _no(cls, value: Any) -> Any:
+        """YAML reads a bare `no` as false."""
+        return "no" if value is False else value
 
     def batch_size(self, processes: int = 1) -> int:
         """Units of an optimizer step over all processes."""

@@ -126,6 +126,8 @@ class PreferenceTrainer(ShardedCheckpoints):
         """Adds the meters of the steps since the last line; the only place where they are synchronised."""
         if "loss" in logs:
             logs.update(self.meters.read())
+        for wrong in ("train_samples_per_second", "total_flos"):
+            logs.pop(wrong, None)  # the library takes a step for one sample and counts padded inputs; `cost` has pairs and FLOPs
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
