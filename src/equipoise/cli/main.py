@@ -16,6 +16,9 @@ from equipoise.core.errors import EquipoiseError
 # typer carries its own copy of click in some releases and depends on click in others; its public errors lead to either.
 ClickError: type[Any] = typer.BadParameter.__mro__[2]
 
+INTERRUPTED = 130
+"""128 and the number of SIGINT: what shells expect, so that a script's loop ends too."""
+
 
 class Verbs(TyperGroup):
     """Finds the verbs by listing the folder and imports a verb's file only when it is used."""
@@ -54,23 +57,26 @@ def _root() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0 done, 1 failed, 2 bad use."""
+    """Run the command line. Returns the exit code: 0 done, 1 failed, 2 bad use, 130 stopped by Ctrl-C."""
     # Tokenizers warn about forking once data workers start; we never fork them in mid-use.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         result = app(args=arguments, standalone_mode=False)
-        return int(result) if isinstance(result, int) else 0
+        code = int(result) if isinstance(result, int) else 0
     except EquipoiseError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except typer.Exit as stop:
-        return int(stop.exit_code)
+        code = int(stop.exit_code)
     except ClickError as error:
         error.show()
         return 2
     except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    # typer makes this code of Ctrl-C itself, and the exception never comes here.
+    if code == INTERRUPTED:
         print("stopped; run the same command again to continue", file=sys.stderr)
-        return 1
+    return code
 
 
 def entry() -> None:

@@ -1,0 +1,30 @@
+"""The command line itself: what Ctrl-C does."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+SLEEPER = """
+import sys
+import time
+from equipoise.cli import main, methods
+
+def run() -> None:
+    print("working", flush=True)
+    time.sleep(60)
+
+methods.run = run
+sys.exit(main.main(["methods"]))
+"""
+
+
+def test_ctrl_c_says_how_to_go_on():
+    started = subprocess.Popen([sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert started.stdout is not None
+    assert started.stdout.readline() == "working\n"
+    started.send_signal(signal.SIGINT)
+    _, said = started.communicate(timeout=30)
+    assert said == "stopped; run the same command again to continue\n"
+    assert started.returncode == 130
