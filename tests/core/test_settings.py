@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
 import pytest
 from pydantic import Field, ValidationError
 
@@ -36,6 +40,45 @@ def test_an_unknown_key_names_the_nearest_one(values, where, meant):
     with pytest.raises(UsageError) as caught:
         Outer.make(values, source="mine.yaml")
     assert str(caught.value) == f"mine.yaml: Unknown setting {where}. Did you mean {meant}?"
+
+
+class Pick(Settings):
+    several: Inner | tuple[Inner, ...] | None = Field(default=None, description="one or several")
+    named: dict[str, Inner] = Field(default={}, description="by name")
+    size: int | Literal["auto"] = Field(default=1, description="size")
+
+
+class Recipe(Settings):
+    HINTS: ClassVar[Mapping[str, str]] = {"beta": "Look there."}
+
+    items: tuple[Pick, ...] = Field(default=(Pick(),), min_length=1, description="items")
+    seed: int = Field(default=0, description="seed")
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"learning_rate": 1}, "Unknown setting 'learning_rate'. Did you mean 'items.0.several.learning_rate'?"),
+        ({"lerning_rate": 1}, "Unknown setting 'lerning_rate'. Did you mean 'items.0.several.learning_rate'?"),
+        ({"items": [{"seed": 1}]}, "Unknown setting 'items.0.seed'. Did you mean 'seed'?"),
+        ({"beta": 1}, "Unknown setting 'beta'. Look there."),
+        ({"items": [{"several": {"nmaes": 1}}]}, "Unknown setting 'items.0.several.nmaes'. Did you mean 'names'?"),
+        ({"items": [{"several": [{}, {"nmaes": 1}]}]}, "Unknown setting 'items.0.several.1.nmaes'. Did you mean 'names'?"),
+        ({"items": [{"named": {"x": {"nmaes": 1}}}]}, "Unknown setting 'items.0.named.x.nmaes'. Did you mean 'names'?"),
+        ({"items": [{"size": "large"}]}, "items.0.size: Input should be a valid integer, .*, or Input should be 'auto' (found 'large')."),
+        ({"items": []}, "items: Tuple should have at least 1 item after validation, not 0 (found [])."),
+    ],
+)
+def test_a_problem_is_told_in_keys_and_once(values, says):
+    """Where a value may be of several kinds pydantic tells what is wrong with each, and names types among the keys."""
+    with pytest.raises(UsageError) as caught:
+        Recipe.make(values)
+    assert re.fullmatch(re.escape(says).replace(r"\.\*", ".*"), str(caught.value))
+
+
+def test_a_call_from_python_is_told_the_same():
+    with pytest.raises(UsageError, match=r"Unknown setting 'sed'\. Did you mean 'seed'"):
+        Outer(sed=1)
 
 
 def test_a_value_out_of_range_says_where_and_what_was_found():

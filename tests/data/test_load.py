@@ -52,7 +52,7 @@ def test_a_part_does_not_depend_on_what_else_is_there_but_on_the_seed() -> None:
     assert [record.id for record in few] != [record.id for record in other]
     assert part_of("any", (0.0, 0.0, 1.0)) == "test"
     assert part_of("any", (1.0, 0.0, 0.0)) == "train"
-    with pytest.raises(ValueError, match="sum to 1"):
+    with pytest.raises(UsageError, match="sum to 1"):
         DataSettings(split_fractions=(0.8, 0.1, 0.2))
 
 

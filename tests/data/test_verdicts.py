@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
-from equipoise.core.errors import DataError
+from equipoise.core.errors import DataError, UsageError
 from equipoise.core.files import write_jsonl
 from equipoise.data._encode import Encoder
 from equipoise.data.load import load, source_fingerprint
@@ -84,7 +83,7 @@ def test_flags_of_the_source_stay_where_there_is_no_score() -> None:
 
 def test_a_rule_that_cannot_be_read_and_a_missing_file_are_refused(tmp_path: Path) -> None:
     for rule in ("cost", "cost = 0", "< 0", "cost < zero"):
-        with pytest.raises(ValidationError):
+        with pytest.raises(UsageError, match="safe_when"):
             DataSettings(safe_when=rule)
     with pytest.raises(DataError, match=r"nothing\.jsonl does not exist"):
         told(verdicts=[str(tmp_path / "nothing.jsonl")])

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import typer
+from tests.tiny import tiny, tokenizer
 
 from equipoise.cli import main as cli
-from tests.tiny import tiny, tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "src").rglob("*.md")])

@@ -119,6 +119,7 @@ def test_the_quickstart_spends_the_same_pairs_on_every_arm():
         ("judge.data=juge", "Did you mean 'judge'"),
         ("evaluation.baseline=bas", "Did you mean 'base'"),
         ("primary.0.metric=reward_harm", "Did you mean 'reward_harmful'"),
+        ("learning_rate=1e-5", "Did you mean 'training.learning_rate'"),
         ("training.output_dir=x", "set by the study itself"),
         ("seeds=[0,0]", "names a seed twice"),
         ("evaluation.prompts.0.data=pairs", "either `source` or `data`"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from equipoise.cli.train import planned
-from equipoise.core.errors import DataError
+from equipoise.core.errors import DataError, UsageError
 from equipoise.core.files import read_json
 from equipoise.training._preflight import advice
 from equipoise.training.fit import fit
@@ -42,6 +42,27 @@ def test_dev_rows_given_by_name_are_all_of_them(base: Path, pairs: Path, tmp_pat
 
 def test_a_bare_no_of_yaml_is_a_no() -> None:
     assert TrainSettings.make({"model_name_or_path": "x"}, ["save_strategy=no"]).save_strategy == "no"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("dataset_name=x", "'streams.0.data.dataset_name'"),
+        ("max_length=9", "'tokenise.max_length'"),
+        ("beta=1", "streams.0.objective.beta"),
+        ("loss_type=ipo", "streams.0.objective.name"),
+        ("torch_dtype=bfloat16", "'dtype'"),
+        ("resume_from_checkpoint=true", "resume by themselves"),
+    ],
+)
+def test_names_that_users_of_trl_know_lead_to_ours(override: str, said: str) -> None:
+    with pytest.raises(UsageError, match=f"Unknown setting .*{said}"):
+        TrainSettings.make({"model_name_or_path": "x"}, [override])
+
+
+def test_a_methods_bare_name_is_an_objective() -> None:
+    settings = TrainSettings.make({"model_name_or_path": "x", "streams": [{}]}, ["streams.0.objective=sft"])
+    assert settings.streams[0].objective == {"name": "sft"}
 
 
 @pytest.mark.parametrize(("values", "told"), [({"use_peft": True}, True), ({"use_peft": True, "learning_rate": 1e-4}, False), ({}, False)])

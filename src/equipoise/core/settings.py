@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from equipoise.core.errors import UsageError, nearest
 
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass as _Meta
+else:
+    _Meta = type(BaseModel)  # which has no public name
 
-class Settings(BaseModel):
-    """Base of every settings model: immutable, no unknown keys, defaults validated."""
+CLOSE = 0.85
+"""From this likeness a key of another place is taken for the one that was meant."""
 
+
+class _Made(_Meta):
+    """Makes what is wrong in a call from Python as readable as what is wrong in a file."""
+
+    def __call__(self, *given: Any, **values: Any) -> Any:
+        try:
+            return super().__call__(*given, **values)
+        except ValidationError as error:
+            raise UsageError(explain(error, cast("type[BaseModel]", self), values=values)) from error
+
+
+class Settings(BaseModel, metaclass=_Made):
+    """Base of every settings model: immutable, no unknown keys, defaults validated.
+
+    HINTS: what to say of keys that people know from elsewhere and no rule can find here.
+    """
+
+    HINTS: ClassVar[Mapping[str, str]] = {}
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
 
     @classmethod
@@ -24,7 +47,7 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(merged)
         except ValidationError as error:
-            raise UsageError(explain(error, cls, source)) from error
+            raise UsageError(explain(error, cls, source, merged)) from error
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
@@ -105,42 +128,93 @@ def number(value: Any) -> Any:
     return value
 
 
-def explain(error: ValidationError, model: type[BaseModel], source: str = "") -> str:
-    """One line per problem: where, what was found, what would be right."""
-    lines = []
+def explain(error: ValidationError, model: type[BaseModel], source: str = "", values: Any = None) -> str:
+    """One line per problem: where, what was found, what would be right. values: what was validated."""
+    problems: dict[tuple[Any, ...], list[Any]] = {}
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            known = _fields_at(model, problem["loc"][:-1])
-            lines.append(f"Unknown setting {where!r}.{nearest(str(problem['loc'][-1]), known)}")
+        problems.setdefault(_keys(problem, values), []).append(problem)
+    lines = []
+    for keys, same in problems.items():
+        if any(len(deeper) > len(keys) and deeper[: len(keys)] == keys for deeper in problems):
+            continue  # the tuple of which no item was left, or the other kinds of value that could stand here
+        where = ".".join(map(str, keys))
+        if same[0]["type"] == "extra_forbidden":
+            lines.append(f"Unknown setting {where!r}.{_meant(str(keys[-1]), model, keys[:-1])}")
         else:
-            found = "" if problem["type"] == "missing" else f" (found {problem['input']!r})"
-            lines.append(f"{where or 'settings'}: {problem['msg']}{found}.")
+            # One kind of value that could stand here was right and its content was not: the other kinds are not of interest.
+            same = [problem for problem in same if not problem["type"].endswith("_type")] or same
+            found = "" if same[0]["type"] == "missing" else f" (found {same[0]['input']!r})"
+            said = ", or ".join(dict.fromkeys(problem["msg"].removeprefix("Value error, ") for problem in same))
+            lines.append(f"{where or 'settings'}: {said}{found}.")
     prefix = f"{source}: " if source else ""
     return prefix + "\n".join(lines)
 
 
+def _keys(problem: Any, values: Any) -> tuple[Any, ...]:
+    """Where a problem is, in keys: pydantic puts the names of types between them where a value may be of several kinds."""
+    keys, node = [], values
+    for depth, part in enumerate(problem["loc"], 1):
+        if isinstance(part, int) or (isinstance(node, Mapping) and part in node):
+            node = node[part] if isinstance(node, (Mapping, list, tuple)) else None
+            keys.append(part)
+        elif depth == 1 or (problem["type"] == "missing" and depth == len(problem["loc"])):
+            keys.append(part)
+    return tuple(keys)
+
+
+def _meant(name: str, model: type[BaseModel], location: tuple[Any, ...]) -> str:
+    """What an unknown key probably stands for: what the model says of it, a key of another place, or the nearest of this one."""
+    hints: Mapping[str, str] = getattr(model, "HINTS", {})
+    if name in hints:
+        return f" {hints[name]}"
+    known = _fields_at(model, location)
+    elsewhere = _paths(model)
+    close = [*difflib.get_close_matches(name, known, 1, CLOSE), *difflib.get_close_matches(name, elsewhere, 1, CLOSE)]
+    if close and close[0] not in known:
+        return f" Did you mean {elsewhere[close[0]]!r}?"
+    return nearest(name, known)
+
+
 def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """Field names of the settings model nested at `location`, looking through tuples, lists, dicts and unions."""
-    current: Any = model
+    current: type[BaseModel] | None = model
     for part in location:
-        if not (isinstance(current, type) and issubclass(current, BaseModel)):
+        if current is None:
             return []
         field = current.model_fields.get(str(part))
         if field is None:
             continue  # an index or a key inside a container: the model is already the item's
-        current = _model_in(field.annotation)
-    return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
+        current = _model_in(field.annotation)[0]
+    return [] if current is None else list(current.model_fields)
 
 
-def _model_in(annotation: Any) -> Any:
+def _paths(model: type[BaseModel]) -> dict[str, str]:
+    """Every setting's name, of nested models too, and its shortest path: `max_length` → `tokenise.max_length`."""
+    found: dict[str, str] = {}
+    level, seen = [("", model)], {model}
+    while level:
+        below = []
+        for prefix, kind in level:
+            for name, field in kind.model_fields.items():
+                found.setdefault(name, prefix + name)
+                inner, step = _model_in(field.annotation)
+                if inner is not None and inner not in seen:
+                    seen.add(inner)
+                    below.append((f"{prefix}{name}.{step}", inner))
+        level = below
+    return found
+
+
+def _model_in(annotation: Any) -> tuple[type[BaseModel] | None, str]:
+    """The settings model inside an annotation, and the keys that lead to the first one: `0.` in a tuple, `NAME.` in a dict."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
+        return annotation, ""
+    step = {tuple: "0.", list: "0.", dict: "NAME."}.get(get_origin(annotation), "")
     for argument in get_args(annotation):
-        found = _model_in(argument)
+        found, inner = _model_in(argument)
         if found is not None:
-            return found
-    return None
+            return found, step + inner
+    return None, ""
 
 
 def _copy(value: Any) -> Any:

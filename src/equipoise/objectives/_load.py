@@ -44,7 +44,7 @@ def build(spec: Mapping[str, Any]) -> Objective:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise UsageError(explain(error, kind, f"objective {name}")) from error
+        raise UsageError(explain(error, kind, f"objective {name}", values)) from error
 
 
 def class_from_file(path: str | Path) -> type[Objective]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -196,6 +196,10 @@ class Expected(Settings):
 
 class StudySettings(Settings):
     """A study: what is compared, on what, how, and what was decided before any result was seen."""
+
+    HINTS: ClassVar[Mapping[str, str]] = {
+        key: f"Did you mean 'training.{key}'?" for key in TrainSettings.model_fields if key not in _SET_BY_THE_STUDY
+    }
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="the study's name; names its folder")
     description: str = Field(default="", description="one paragraph shown in the report")

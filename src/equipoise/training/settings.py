@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -35,6 +36,11 @@ class StreamSettings(Settings):
     objective: dict[str, Any] = Field(default={"name": "dpo"}, description="method and hyper-parameters; `file`: of your own")
     weight: float = Field(default=1.0, ge=0.0, description="weight of this stream's mean loss in the step's loss")
 
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
 
 class ReferenceMixture(Settings):
     """Several reference models as one (MRPO): `reference_model`, or the start weights, comes first and these follow it."""
@@ -59,6 +65,13 @@ class ReferenceMixture(Settings):
 
 class TrainSettings(Settings):
     """One training stage: a start model, streams of data with objectives, and the recipe."""
+
+    HINTS: ClassVar[Mapping[str, str]] = {
+        "beta": "Settings of a loss stand with it: streams.0.objective.beta.",
+        "loss_type": "A loss is a method by its name: streams.0.objective.name (`equipoise methods` lists them).",
+        "torch_dtype": "Did you mean 'dtype'?",
+        "resume_from_checkpoint": "Runs resume by themselves: give the same command again.",
+    }
 
     model_name_or_path: str = Field(description="asset name, local folder (also a PEFT adapter's), or hub name")
     output_dir: str = Field(default="runs/train", description="stage folder")
