@@ -17,6 +17,11 @@ def test_the_page_is_current() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run: equipoise methods --markdown > docs/methods.md"
 
 
+def test_types_are_plain() -> None:
+    assert "| `weights` | dict[str, float] |" in page()
+    assert "FieldInfo" not in page()
+
+
 def test_the_command_prints_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "--markdown"]) == 0
     assert capsys.readouterr().out == page()

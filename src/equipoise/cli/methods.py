@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
@@ -104,10 +105,20 @@ def _setting(name: str, field: Any) -> dict[str, Any]:
     """One hyper-parameter: its type, default, range and description."""
     bounds = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     parts = [f"{sign} {getattr(item, key)}" for item in field.metadata for key, sign in bounds.items() if hasattr(item, key)]
-    kind = getattr(field.annotation, "__name__", None) or str(field.annotation).replace("typing.", "")
-    if "[" in str(field.annotation):
-        kind = str(field.annotation).replace("typing.", "")
+    kind = _plain(field.annotation)
     return {"name": name, "type": kind, "default": field.default, "range": ", ".join(parts), "description": field.description or ""}
+
+
+def _plain(annotation: Any) -> str:
+    """A type as people write it, without the bounds that pydantic keeps inside."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _plain(arguments[0])
+    if origin is None or origin is Literal:
+        return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+    if origin in (Union, UnionType):
+        return " | ".join(map(_plain, arguments))
+    return f"{origin.__name__}[{', '.join(map(_plain, arguments))}]"
 
 
 def _needs(needs: dict[str, Any]) -> str:
