@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from equipoise.core.errors import DataError, NumericsError
-from equipoise.objectives._base import STATS, Objective, Scored
+from equipoise.objectives._base import STATS, Needs, Objective, Scored
 from equipoise.objectives._load import load_class, methods
 
 from .views import random_view, values_of
@@ -195,3 +195,9 @@ def test_values_out_of_range_raise(objective: Objective) -> None:
                 kind(**{name: wrong})
     with pytest.raises(ValidationError):
         kind(no_such_setting=1)
+
+
+def test_a_misspelt_side_names_the_nearest_role() -> None:
+    view = random_view(Needs(roles=("chosen", "rejected")))
+    with pytest.raises(DataError, match=r"role 'choosen'\. Did you mean 'chosen'"):
+        view.side("choosen")

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from equipoise.core.errors import DataError, NumericsError
+from equipoise.core.errors import DataError, NumericsError, nearest
 from equipoise.core.records import REPLY_ROLES
 
 Tensor = torch.Tensor
@@ -93,6 +93,8 @@ class Scored:
         """The branches with this role, one per unit, in unit order: [U, T]. Raises DataError where a unit has none or two."""
         if role in self.sides:
             return replace(self._take(self.sides[role]), planned=True)
+        if role not in REPLY_ROLES:
+            raise DataError(f"No reply has the role {role!r}.{nearest(role, REPLY_ROLES)}")
         index = torch.nonzero(self.role == REPLY_ROLES.index(role), as_tuple=True)[0]
         order = index[torch.argsort(self.unit[index], stable=True)]
         if not torch.equal(self.unit[order], torch.arange(self.units, device=self.unit.device)):
