@@ -104,6 +104,10 @@ def test_columns_that_fit_nothing_are_shown_with_the_nearest() -> None:
         DataError, match=r"memory, row 1: format 'alpaca' needs columns instruction \+ output; 'output' is missing.*'outputs'"
     ):
         of({"instruction": "q", "outputs": "a"}, format="alpaca")
+    with pytest.raises(DataError, match=r"these columns \(chosen, id, rejected\)\. Where the prompt ends.*a column `prompt`"):
+        of({"id": "1", "chosen": "q a", "rejected": "q b"})
+    with pytest.raises(DataError, match=r"these columns \(text\)\. A whole `text`.*`prompt` and `completion`"):
+        of({"text": "q a"})
     with pytest.raises(UsageError, match=r"There is no sources entry named 'alpacca'. Did you mean 'alpaca'"):
         of({"instruction": "q", "output": "a"}, format="alpacca")
     with pytest.raises(UsageError, match=r"fit several formats. Say which with format="):

@@ -79,8 +79,10 @@ def source(name: str, rows: Sequence[Row]) -> Source:
         return modules[fitting[0]]
     if fitting:
         raise UsageError(f"{rows[0].where}: the rows fit several formats. Say which with format={' or format='.join(fitting)}.")
-    closest = min(modules, key=lambda known: _distance(_lacking(modules[known], columns), columns))
     found = ", ".join(sorted(columns)) or "none"
+    if hint := _without_prompt(columns):
+        raise DataError(f"{rows[0].where}: no known format has these columns ({found}). {hint}")
+    closest = min(modules, key=lambda known: _distance(_lacking(modules[known], columns), columns))
     raise DataError(
         f"{rows[0].where}: no known format has these columns ({found}). The closest, {closest!r}, {_missing(modules[closest], columns)} "
         f"Rename columns with columns={{theirs: ours}}, or name one of the formats: {', '.join(modules)}."
@@ -223,6 +225,23 @@ def _checked(record: Record) -> Record:
     if chosen is not None and rejected is not None and chosen.text.strip() == rejected.text.strip():
         raise Excluded(EQUAL_REPLIES)
     return record
+
+
+def _without_prompt(columns: set[str]) -> str:
+    """What to do with TRL's two formats that have no prompt, unless it is there misspelt."""
+    if difflib.get_close_matches("prompt", columns, n=1, cutoff=0.7):
+        return ""
+    if {"chosen", "rejected"} <= columns:
+        return (
+            "Where the prompt ends in `chosen` and `rejected` cannot be told from their characters: give it as a column `prompt` "
+            "(rename one with columns={theirs: prompt}), or both sides as lists of messages."
+        )
+    if "text" in columns:
+        return (
+            "A whole `text` does not say what is asked and what is replied: give `prompt` and `completion`, or `messages` "
+            "(tokenise.learn=all learns from the prompt too), or rename columns with columns={theirs: ours}."
+        )
+    return ""
 
 
 def _lacking(module: Source, columns: set[str]) -> list[str]:
