@@ -95,7 +95,7 @@ def test_both_verbs_from_prompts_to_verdicts(policy, encoder, byte_tokenizer, wo
     assert scored["results"]["scorers"]["reward"]["n"] == 3
     echoed = told("generate", "echo", "--prompts", prompts, "-o", tmp_path / "echo")
     assert echoed["results"]["empty"] == 0
-    assert told("score", tmp_path / "echo" / "completions.jsonl", "--scorer", "invalid", "-o", tmp_path / "e")["results"]["verdicts"] == 3
+    assert told("score", tmp_path / "echo", "--scorer", "invalid", "-o", tmp_path / "e")["results"]["verdicts"] == 3, "a folder will do"
     assert main(["generate", "echo", "--prompts", str(tmp_path / "none.jsonl"), "-o", str(tmp_path / "n")]) == 1
     assert main(["score", "--set", "completion=x"]) == 2
     assert "Did you mean 'completions'" in capsys.readouterr().err
@@ -126,3 +126,23 @@ def test_a_policy_is_tried_on_pairs_from_the_command_line(policy, base, byte_tok
     assert main(["score", str(completions), *pair[:2]]) == 2
     assert main(["score", "--pairs", str(pairs)]) == 2
     assert "one scorer" in capsys.readouterr().err
+    assert main(["score", "--pairs", str(pairs), "--scorer", "length"]) == 2
+    assert "preference data has texts" in capsys.readouterr().err
+    kl = "scorers=[{scorer: kl_to_base, model_name_or_path: POLICY, base_model_name_or_path: POLICY}]".replace("POLICY", pair[1])
+    assert main(["score", "--pairs", str(pairs), "--set", kl, "-o", str(tmp_path / "kl")]) == 0
+    assert "No pair got a verdict" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("foo", "there are invalid, refusal, length"),
+        ("rules", "there are invalid, refusal, length"),
+        ("implicit", "--implicit POLICY --base REFERENCE"),
+        ("reward_model", "--reward-model MODEL"),
+        ("kl_to_base", "--set 'scorers=[{scorer: kl_to_base, …}]'"),
+    ],
+)
+def test_a_scorer_that_is_no_rule_says_how_it_is_asked_for(name, said, capsys):
+    assert main(["score", "completions.jsonl", "--scorer", name]) == 2
+    assert said in capsys.readouterr().err

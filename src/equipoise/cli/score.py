@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,7 +11,7 @@ from equipoise.cli._output import Config, Json, Overwrite, Set, emit_run, line, 
 
 
 def run(
-    completions: Annotated[str | None, typer.Argument(help="a completions.jsonl file")] = None,
+    completions: Annotated[str | None, typer.Argument(help="a completions.jsonl file, or the folder it is in")] = None,
     scorers: Annotated[list[str] | None, typer.Option("--scorer", help="invalid, refusal or length (repeatable)")] = None,
     reward_model: Annotated[str | None, typer.Option("--reward-model", help="score with this sequence-classification model too")] = None,
     implicit: Annotated[
@@ -26,9 +27,13 @@ def run(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Score completions: reward models, implicit rewards, rules, KL to the base, judges. Writes verdicts.jsonl.
+    """Score completions: rules, reward models, implicit rewards; any other scorer by --set. Writes verdicts.jsonl.
 
-    Example: equipoise score runs/base/completions.jsonl --reward-model runs/judge/model -o runs/base-scores
+    Example: equipoise score runs/base --reward-model runs/judge/model -o runs/base-scores
+
+    KL to the base, judges, ensembles and token credit are settings:
+
+    equipoise score runs/replies --set 'scorers=[{scorer: kl_to_base, model_name_or_path: POLICY, base_model_name_or_path: BASE}]'
 
     With --pairs, try a scorer on preference data instead. Writes held_out.json.
 
@@ -38,6 +43,11 @@ def run(
     from equipoise.scorers import ScoreSettings, score
     from equipoise.scorers._base import RULES
 
+    for name in scorers or ():
+        if name not in RULES:
+            raise UsageError(f"--scorer {name}: {_way_to(name)}")
+    if completions is not None and Path(completions).is_dir():
+        completions = str(Path(completions) / "completions.jsonl")
     if (implicit is None) != (base is None):
         raise UsageError("An implicit reward needs both --implicit (the policy) and --base (its reference).")
     values = values_of(config, completions=completions, output_dir=output_dir)
@@ -64,6 +74,19 @@ def run(
     line(f"{state(done)}: {done.folder}/verdicts.jsonl")
 
 
+def _way_to(name: str) -> str:
+    """How a scorer that is no rule is asked for."""
+    from equipoise.core.catalog import names
+    from equipoise.scorers._base import RULES
+
+    options = {"reward_model": "--reward-model MODEL", "implicit": "--implicit POLICY --base REFERENCE"}
+    if name in options:
+        return f"give its model, with {options[name]}."
+    if name in names("scorers") and name != "rules":
+        return f"it has settings of its own; give them with --set 'scorers=[{{scorer: {name}, …}}]'."
+    return f"there is no such rule; there are {', '.join(RULES)}."
+
+
 def _try_on_pairs(settings: Any, pairs: str, overwrite: bool, as_json: bool) -> None:
     """Pair accuracy of the one scorer asked for, beside guessing by length."""
     from equipoise.core.errors import UsageError
@@ -73,6 +96,10 @@ def _try_on_pairs(settings: Any, pairs: str, overwrite: bool, as_json: bool) -> 
 
     if settings.completions or len(settings.scorers) != 1:
         raise UsageError("--pairs tries one scorer on preference data: give one scorer (--reward-model or --implicit), no completions.")
+    if getattr(settings.scorers[0], "rule", "") == "length":
+        raise UsageError(
+            "--scorer length counts the tokens a model generated, and preference data has texts. Guessing by length is shown for any scorer."
+        )
     done = held_out(settings.scorers[0], {pairs: DataSettings(dataset_name=pairs)}, settings.output_dir, overwrite=overwrite)
     found = read_json(done.folder / HELD_OUT)
     if as_json:
@@ -88,4 +115,6 @@ def _try_on_pairs(settings: Any, pairs: str, overwrite: bool, as_json: bool) -> 
         for name, item in (("prefers the chosen reply", found["pair_accuracy"]), ("guessing by length", found["length_baseline"]))
     ]
     table(f"{found['counts']['pairs']} pairs", ("", "n", "no verdict", "%"), rows)
+    if found["pair_accuracy"]["missing"] == found["counts"]["pairs"]:
+        line("No pair got a verdict: this scorer reads the tokens that a model generated, and preference data has texts.")
     line(f"{state(done)}: {done.folder}/{HELD_OUT}")
