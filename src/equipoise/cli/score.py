@@ -98,7 +98,7 @@ def _try_on_pairs(settings: Any, pairs: str, overwrite: bool, as_json: bool) -> 
         raise UsageError("--pairs tries one scorer on preference data: give one scorer (--reward-model or --implicit), no completions.")
     if getattr(settings.scorers[0], "rule", "") == "length":
         raise UsageError(
-            "--scorer length counts the tokens a model generated, and preference data has texts. Guessing by length is shown for any scorer."
+            "--scorer length counts the tokens a model generated, and preference data has texts. Guessing by length is shown in any case."
         )
     done = held_out(settings.scorers[0], {pairs: DataSettings(dataset_name=pairs)}, settings.output_dir, overwrite=overwrite)
     found = read_json(done.folder / HELD_OUT)
