@@ -168,6 +168,22 @@ def test_columns_are_renamed_before_reading(tmp_path: Path) -> None:
         load(settings.model_copy(update={"columns": {"qestion": "prompt"}}))
 
 
+@pytest.mark.parametrize("order", [("question", "prompt"), ("prompt", "question")])
+def test_a_renamed_column_takes_the_place_of_one_already_called_so(order: tuple[str, str]) -> None:
+    row = {name: name for name in order} | {"completion": "c"}
+    (read_row,) = read(DataSettings(columns={"question": "prompt"}), [row])
+    assert read_row.values == {"prompt": "question", "completion": "c"}
+    (swapped,) = read(DataSettings(columns={"question": "prompt", "prompt": "question"}), [row])
+    assert swapped.values == {"prompt": "question", "question": "prompt", "completion": "c"}
+    with pytest.raises(UsageError, match="question and text to one prompt"):
+        DataSettings.make({"columns": {"question": "prompt", "text": "prompt"}})
+
+
+def test_a_renamed_column_may_be_absent_from_some_rows(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", [{"prompt": "p", "completion": "c"}, {"prompt": "p", "answer": "d"}])
+    assert [row["completion"] for row in rows(path, columns={"answer": "completion"})] == ["c", "d"]
+
+
 def test_a_megabyte_in_one_cell_is_read(tmp_path: Path) -> None:
     long = "word " * 250_000
     for name in ("x.csv", "x.jsonl"):

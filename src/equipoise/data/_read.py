@@ -7,14 +7,17 @@ import gzip
 import json
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from equipoise.core.errors import DataError, UsageError, nearest
 from equipoise.data.settings import DataSettings
 
+PEEKED = 20
+"""Rows looked at to tell the columns and the format."""
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv")
 
 
@@ -34,10 +37,10 @@ def read(settings: DataSettings, dataset: Any = None) -> Iterator[Row]:
     Raises DataError where something cannot be read (file and line), UsageError for bad settings or a missing package.
     """
     rows = _memory(dataset, settings) if dataset is not None else _named(settings)
-    for number, row in enumerate(rows):
-        if number == 0:
-            _check_renames(row, settings.columns)
-        yield Row(row.id, row.where, {settings.columns.get(name, name): value for name, value in row.values.items()})
+    first = list(islice(rows, PEEKED))
+    _check_renames(first, settings.columns)
+    for row in chain(first, rows):
+        yield Row(row.id, row.where, _renamed(row.values, settings.columns))
 
 
 def is_local(name: str) -> bool:
@@ -244,10 +247,18 @@ def _memory(dataset: Any, settings: DataSettings, stem: str = "memory") -> Itera
         yield Row(f"{stem}:{number}", f"{stem}, row {number}", values)
 
 
-def _check_renames(row: Row, columns: Mapping[str, str]) -> None:
-    missing = [name for name in columns if name not in row.values]
-    if missing:
-        raise DataError(f"{row.where}: no column {missing[0]!r} to rename.{nearest(missing[0], map(str, row.values))}")
+def _check_renames(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
+    """Every column to rename must stand in one of the first rows: JSON lines may leave out what they have no value for."""
+    found = {str(name) for row in rows for name in row.values}
+    missing = [name for name in columns if name not in found]
+    if rows and missing:
+        raise DataError(f"{rows[0].where}: no column {missing[0]!r} to rename.{nearest(missing[0], found)}")
+
+
+def _renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
+    """Values under their new names; a column that already had such a name makes room, wherever it stands."""
+    renamed = {columns[name]: value for name, value in values.items() if name in columns}
+    return {name: value for name, value in values.items() if name not in columns and name not in renamed} | renamed
 
 
 def kind_of(value: Any) -> str:
