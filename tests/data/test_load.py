@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -129,6 +131,21 @@ def test_fingerprints_follow_the_content(tmp_path: Path) -> None:
     assert source_fingerprint(DataSettings(dataset_name=str(path)))["data"] != before["data"]
     assert set(source_fingerprint(DataSettings())) == {"train_helpfulness.jsonl", "train_harmlessness.jsonl"}
     assert source_fingerprint(DataSettings(), [row("a")]) != source_fingerprint(DataSettings(), [row("b")])
+
+
+def test_values_that_json_does_not_know_count_in_the_fingerprint() -> None:
+    class Picture:
+        pass
+
+    def print_of(value: Any) -> str:
+        return source_fingerprint(DataSettings(), [row("a") | {"extra": [value]}])["data"]
+
+    first, other = datetime(2024, 1, 1, tzinfo=UTC), datetime(2024, 1, 2, tzinfo=UTC)
+    assert print_of(first) == print_of(datetime(2024, 1, 1, tzinfo=UTC)) != print_of(other)
+    assert print_of(b"xx") == print_of(b"xx") != print_of(b"xy")
+    assert print_of(np.datetime64("2024-01-01", "s")) != print_of(np.datetime64("2024-01-02", "s"))
+    assert print_of(Picture()) == print_of(Picture()), "an address is no content"
+    assert len(load(DataSettings(), [row("a") | {"extra": first}]).records) == 1
 
 
 def test_sources_are_mixed_in_order_with_their_accounting() -> None:

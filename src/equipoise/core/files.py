@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -136,9 +137,12 @@ class JsonlAppender:
         self.close()
 
 
-def fingerprint(value: Any) -> str:
-    """16 hex digits of the SHA-256 of a JSON value, whatever the order of its keys."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=_plain)
+def fingerprint(value: Any, foreign: bool = False) -> str:
+    """16 hex digits of the SHA-256 of a JSON value, whatever the order of its keys.
+
+    foreign: what JSON does not know (times, bytes, …: the value is not ours) counts by how Python shows it, instead of being refused.
+    """
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=_shown if foreign else _plain)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
@@ -172,3 +176,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def _shown(value: Any) -> Any:
+    """`_plain`, or else the value's `repr`, without the address that Python gives where a type has none of its own."""
+    try:
+        return _plain(value)
+    except TypeError:
+        return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))

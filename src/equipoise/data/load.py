@@ -123,7 +123,7 @@ def source_fingerprint(settings: DataSettings, dataset: Any = None) -> dict[str,
     else:
         digest = hashlib.sha256()
         for row in read(settings, dataset):
-            digest.update(fingerprint(dict(row.values)).encode())
+            digest.update(fingerprint(dict(row.values), foreign=True).encode())
         inputs["data"] = digest.hexdigest()[:16]
     for number, name in enumerate(settings.verdicts):
         inputs[f"verdicts {number}"] = file_fingerprint(name)
