@@ -76,17 +76,22 @@ def write_jsonl(path: str | Path, rows: Iterable[Any]) -> int:
     return count
 
 
-def read_jsonl(path: str | Path) -> list[Any]:
-    """Read JSON lines written by us. Raises DataError with file and line. Blank lines are skipped."""
+def read_jsonl(path: str | Path, each: Callable[[Any], Any] = lambda row: row) -> list[Any]:
+    """Read JSON lines written by us. Raises DataError with file and line. Blank lines are skipped.
+
+    each: what to make of a row; a DataError it raises gets file and line.
+    """
     rows = []
     try:
         with open(path, encoding="utf-8") as stream:
             for number, line in enumerate(stream, 1):
                 if line.strip():
                     try:
-                        rows.append(json.loads(line))
+                        rows.append(each(json.loads(line)))
                     except json.JSONDecodeError as error:
                         raise DataError(f"{path}, line {number}: not valid JSON ({error.msg}).") from error
+                    except DataError as error:
+                        raise DataError(f"{path}, line {number}: {error}") from error
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist.") from error
     return rows
@@ -147,8 +152,13 @@ def fingerprint(value: Any, foreign: bool = False) -> str:
 
 
 def file_fingerprint(path: str | Path) -> str:
-    """16 hex digits of the SHA-256 of a file, or of a folder's files (names and contents; done marks left out)."""
+    """16 hex digits of the SHA-256 of a file, or of a folder's files (names and contents; done marks left out).
+
+    Raises DataError where there is nothing of this name.
+    """
     path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path} does not exist.")
     digest = hashlib.sha256()
     if path.is_dir():
         for child in sorted(item for item in path.rglob("*") if item.is_file() and item.name != "done.json"):

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from pydantic import Field
 
 from equipoise.core.settings import Settings
+from equipoise.data.verdicts import verdict
 from equipoise.generation._base import Completion, chosen
 
 
@@ -33,8 +34,8 @@ class Verdict:
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Verdict:
-        """Read back one line of `verdicts.jsonl`."""
-        return cls(str(row["id"]), row["by"], row["value"], row.get("reason", ""))
+        """Read back one line of `verdicts.jsonl`. Raises DataError naming the row."""
+        return cls(*verdict(row), row.get("reason", ""))
 
 
 class Scorer(Protocol):

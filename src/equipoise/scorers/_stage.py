@@ -57,8 +57,8 @@ def score(settings: ScoreSettings, overwrite: bool = False) -> Run:
 
 
 def read_verdicts(path: str | Path) -> list[Verdict]:
-    """The verdicts of a `verdicts.jsonl` file, in order."""
-    return [Verdict.from_json(row) for row in read_jsonl(path)]
+    """The verdicts of a `verdicts.jsonl` file, in order. Raises DataError with file and line."""
+    return read_jsonl(path, Verdict.from_json)
 
 
 def _score_all(folder: Path, scorers: Sequence[ScorerSettings], completions: Sequence[Completion]) -> Mapping[str, Any]:
