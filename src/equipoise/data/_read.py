@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from equipoise.data.settings import DataSettings
 PEEKED = 20
 """Rows looked at to tell the columns and the format."""
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv")
+SPLIT = re.compile(r"(train|test|validation|valid|dev)(?![a-z])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +67,30 @@ def stem_of(path: Path) -> str:
 
 
 def files_of(folder: Path, split: str | None) -> list[Path]:
-    """The data files of a folder, sorted; of one split only, where asked (its name starts the file's or is a parent's)."""
+    """The data files of a folder, sorted; of one split only (its name starts the file's or is a parent's), or of 'all'.
+
+    Where no split is asked for and the files are those of several, `train`'s only, as from the hub: test rows are not for training.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name.lower().endswith(SUFFIXES))
     files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not files:
         raise DataError(f"{folder} holds no data files ({', '.join(SUFFIXES)}).")
     if split is None:
+        splits = [_split_of(path.relative_to(folder)) for path in files]
+        several = "train" in splits and len({*splits} - {None}) > 1
+        return [path for path, own in zip(files, splits, strict=True) if own == "train"] if several else files
+    if split == "all":
         return files
     chosen = [path for path in files if path.name.startswith(split) or split in path.relative_to(folder).parts[:-1]]
     if not chosen:
         raise DataError(f"{folder} holds no file of split {split!r}.{nearest(split, {stem_of(path) for path in files})}")
     return chosen
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that a file's name, or else a folder's above it, begins with as a word; None where none does."""
+    found = (SPLIT.match(part.lower()) for part in reversed(path.parts))
+    return next((match[1] for match in found if match), None)
 
 
 def _named(settings: DataSettings) -> Iterator[Row]:
@@ -231,6 +246,8 @@ def _saved(path: Path, split: str | None) -> Any:
 def _one_split(dataset: Any, split: str | None, name: str) -> Any:
     if not isinstance(dataset, Mapping):
         return dataset
+    if split == "all":
+        return chain.from_iterable(dataset.values())
     wanted = split or "train"
     if wanted not in dataset:
         raise DataError(f"{name} has no split {wanted!r}.{nearest(wanted, dataset)}")

@@ -21,7 +21,11 @@ class DataSettings(Settings):
         default="starter", description="hub name, local file (.jsonl, .jsonl.gz, .json, .parquet, .csv), folder of such files, or 'starter'"
     )
     dataset_config_name: str | None = Field(default=None, description="configuration of a hub data set; of 'starter': train or judge")
-    dataset_split: str | None = Field(default=None, description="split of a hub data set (default: train) or of a folder of files")
+    dataset_split: str | None = Field(
+        default=None,
+        description="split of a hub data set, or of a folder whose files or folders are named by split, or all; default: train where there "
+        "are several, else the whole folder",
+    )
     format: str = Field(default="auto", description="name of a file in data/sources; auto: told from the columns")
     columns: dict[str, str] = Field(
         default={}, description="renames columns before reading: {theirs: ours}; a column already called so gives way"
