@@ -156,7 +156,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
         ("x.jsonl.gz", b"not gzip", r"not a whole gzip file"),
         ("x.jsonl.gz", gzip.compress(GOOD * 500)[:-20], r"not a whole gzip file"),
         ("x.csv", b"prompt,chosen,rejected\np,c,r,too,many\n", r"line 2: more cells than the 3 column names"),
-        ("x.csv", b"prompt,chosen,rejected\np,c,\xff\n", r"not valid UTF-8"),
+        ("x.csv", b"prompt,chosen,rejected\n" + b"p,c,r\n" * 5000 + b"p,c,\xff\n", r"x\.csv, line 5002, byte 30028: not valid UTF-8"),
         ("x.csv", b'prompt,chosen,rejected\np,"c,r\n', r"not valid CSV"),
         ("x.csv", b"prompt,chosen,rejected\n", r"holds no rows"),
         ("x.parquet", b"PAR1nonsense", r"not a valid Parquet file"),

@@ -165,8 +165,9 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
                     raise DataError(f"{path}, line {reader.line_num}: more cells than the {len(reader.fieldnames or ())} column names.")
                 # A short line has no value there, which is missing, not an empty text.
                 yield f"line {reader.line_num}", {name: value for name, value in row.items() if value is not None}
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}, near byte {error.start}: not valid UTF-8. Save the file as UTF-8.") from error
+    except UnicodeDecodeError:
+        _text(path.read_bytes(), str(path), first=True)  # the stream is decoded ahead of its lines; this says which one it is
+        raise
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: not valid CSV ({error}).") from error
 
