@@ -146,6 +146,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
         ("x.jsonl", GOOD + b"\0\0\0\0\n", r"line 2.*not valid JSON.*NUL bytes"),
         ("x.jsonl", GOOD + b"[1, 2]\n", r"line 2: expected an object with named columns, found a list"),
         ("x.jsonl", b'{"prompt": ' + b"[" * 200_000 + b"\n", r"line 1: JSON nested too deeply|line 1, column"),
+        ("x.jsonl", b'{"prompt": ' + b"1" * 5000 + b"}\n", r"line 1: a number too long to read"),
         ("x.jsonl", b"\n\n", r"holds no rows"),
         ("x.jsonl", b"", r"holds no rows"),
         ("x.json", b"[]", r"holds no rows"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -147,16 +146,6 @@ def test_a_template_that_rewrites_its_prompt_is_noted(word_tokenizer: Make) -> N
     row, accounting = one(tokenizer, pair(turns("w1", "w2", "w3"), "w4", "w5"))
     assert shown(tokenizer, row.prompt) == "<|user|> w1 <|end|> <|assistant|> w2 <|end|> <|user|> w3 <|end|> <|assistant|>"
     assert shown(tokenizer, row.branches[0].ids) == "w4 <|end|>"
-    assert [count for note, count in accounting.notes.items() if "rewrites the prompt" in note] == [2]
-
-
-@pytest.mark.parametrize("reply", ["e", "end", "|", "hello", "<|end|>\n e"])
-def test_a_reply_whose_text_occurs_in_the_template_s_ending(byte_tokenizer: Any, reply: str) -> None:
-    # The generation prompt is not there once a reply follows, as with templates that open the model's thinking.
-    tokenizer = copy.deepcopy(byte_tokenizer)
-    tokenizer.chat_template = tokenizer.chat_template.replace("<|assistant|>\n{% endif", "<|assistant|>\n<think>\n{% endif")
-    row, accounting = one(tokenizer, pair("hello there", reply, "the answer"))
-    assert [tokenizer.decode(branch.ids) for branch in row.branches] == [f"{reply}<|end|>", "the answer<|end|>"]
     assert [count for note, count in accounting.notes.items() if "rewrites the prompt" in note] == [2]
 
 

@@ -215,6 +215,8 @@ def _parse(text: str, path: Path, line: int) -> Any:
         hint = " The file holds NUL bytes: it was probably not written to its end." if "\0" in text else ""
         place = f"{path}, line {line + error.lineno - 1}, column {error.colno}"
         raise DataError(f"{place}: not valid JSON ({error.msg}).{hint}") from error
+    except ValueError as error:
+        raise DataError(f"{path}, line {line}: a number too long to read.") from error
     except RecursionError as error:
         raise DataError(f"{path}, line {line}: JSON nested too deeply to be a row.") from error
 
