@@ -20,6 +20,7 @@ from transformers import BertConfig, BertModel, BloomConfig, BloomForCausalLM, L
 from equipoise.core import assets
 from equipoise.core.errors import EquipoiseError, UsageError
 from equipoise.models import load
+from equipoise.models.identity import weights_fingerprint
 
 WORDS = ["<unk>", "<eos>", "good", "bad", "day", "night"]
 
@@ -279,33 +280,33 @@ def test_the_fingerprint_is_sha256_over_name_dtype_shape_and_bytes():
         model.bias.fill_(0.5)
     expected = hashlib.sha256(b"bias|torch.float32|(1,)|" + struct.pack("<f", 0.5))
     expected.update(b"weight|torch.float32|(1, 2)|" + struct.pack("<2f", 1.0, -2.0))
-    assert load.weights_fingerprint(model) == expected.hexdigest()[:16]
+    assert weights_fingerprint(model) == expected.hexdigest()[:16]
 
 
 def test_one_changed_weight_one_buffer_or_the_dtype_change_the_fingerprint():
     model = llama()
-    seen = {load.weights_fingerprint(model)}
+    seen = {weights_fingerprint(model)}
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1e-7
-    seen.add(load.weights_fingerprint(model))
+    seen.add(weights_fingerprint(model))
     model.model.rotary_emb.inv_freq[0] *= 2
-    seen.add(load.weights_fingerprint(model))
-    seen.add(load.weights_fingerprint(model.to(torch.bfloat16)))
+    seen.add(weights_fingerprint(model))
+    seen.add(weights_fingerprint(model.to(torch.bfloat16)))
     assert len(seen) == 4
 
 
 def test_an_adapter_changes_the_whole_fingerprint_but_not_the_bases(folder, adapter):
-    base = load.weights_fingerprint(load.load_causal(folder, device="cpu"))
+    base = weights_fingerprint(load.load_causal(folder, device="cpu"))
     wrapped = load.load_causal(adapter, device="cpu")
-    assert load.weights_fingerprint(wrapped) == base
-    assert load.weights_fingerprint(wrapped, skip_adapters=False) != base
+    assert weights_fingerprint(wrapped) == base
+    assert weights_fingerprint(wrapped, skip_adapters=False) != base
 
 
 def test_modules_saved_whole_with_an_adapter_are_the_adapters(folder):
     model = load.load_causal(folder, device="cpu")
-    base = load.weights_fingerprint(model)
+    base = weights_fingerprint(model)
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    assert load.weights_fingerprint(wrapped) == base
+    assert weights_fingerprint(wrapped) == base
 
 
 # ---- assets

@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 
 from equipoise.core.errors import UsageError
 from equipoise.models import quantised
-from equipoise.models.load import load_causal, load_sequence_classifier, weights_fingerprint
+from equipoise.models.identity import weights_fingerprint
+from equipoise.models.load import load_causal, load_sequence_classifier
 from equipoise.models.quantised import FourBit, compute_dtypes, in_low_precision, is_quantised, settle
 from tests.tiny import tiny, tokenizer
 

@@ -229,7 +229,7 @@ def counted(base: Path, folder: Path) -> dict[str, Any]:
         setattr(module, name, wrapper)
 
     count(_rows, "tokenise", "tokenise")
-    count(_references, "weights_fingerprint", "weights")
+    count(_references, "forward_fingerprint", "weights")
     count(fit_module, "model_identity", "identity")
     atomic = files.atomic
 

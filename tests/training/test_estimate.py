@@ -13,7 +13,7 @@ from equipoise.models.attention import NAME, register
 from equipoise.models.batch import pack
 from equipoise.models.layers import lean_layers
 from equipoise.models.logps import policy_logps
-from equipoise.training._model import switch_dropout_off
+from equipoise.training._model import no_dropout
 from equipoise.training._simulate import Simulation
 from equipoise.training.estimate import BUDGET_CAP, LIBRARY_BYTES, Estimator, optimizer_bytes
 from equipoise.training.fit import fit
@@ -77,7 +77,6 @@ def kept_in_earnest(model: Any, rows: Any) -> int:
     """Bytes of all storages that autograd saves in a real forward pass on the CPU, weights left out."""
     register()
     model.set_attn_implementation(NAME)
-    switch_dropout_off(model)
     model.train()
     weights = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     saved: dict[int, torch.Tensor] = {}
@@ -92,7 +91,7 @@ def kept_in_earnest(model: Any, rows: Any) -> int:
         [row(str(number), prompt, dict(zip(("chosen", "rejected"), sizes, strict=True))) for number, (prompt, sizes) in enumerate(rows)]
     )
     given = {getattr(batch, name).untyped_storage().data_ptr() for name in ("ids", "positions", "source", "target", "branch", "offset")}
-    with lean_layers(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with no_dropout(model), lean_layers(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         values = policy_logps(model, batch)
     assert values.requires_grad
     return sum(tensor.untyped_storage().nbytes() for pointer, tensor in saved.items() if pointer not in given)

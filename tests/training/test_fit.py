@@ -20,6 +20,7 @@ from equipoise.core.errors import NumericsError, StageError, UsageError
 from equipoise.core.files import read_json, read_jsonl
 from equipoise.models import _elementwise
 from equipoise.models._elementwise import EAGER, Kernels
+from equipoise.models.load import load_causal, load_sequence_classifier
 from equipoise.objectives._base import Needs, Scored
 from equipoise.training.checkpoints import newest_complete
 from equipoise.training.fit import fit
@@ -167,6 +168,25 @@ def test_a_reward_model(tmp_path: Path) -> None:
     assert model.config.num_labels == 1
 
 
+def test_a_reward_models_adapter_loads_scores_and_goes_on(base: Path, tmp_path: Path) -> None:
+    reward = [{"objective": {"name": "bradley_terry"}}]
+    run = fit(recipe(base, tmp_path / "rm", use_peft=True, streams=reward), train_dataset=preference_dicts())
+    model = load_sequence_classifier(run.folder / "model", device="cpu")
+    ids = torch.arange(5, 25)[None]
+    values = load_file(run.folder / "model" / "adapter_model.safetensors")
+    (head,) = (value for name, value in values.items() if name.endswith("score.weight"))
+    trained = dict(model.named_parameters())["base_model.model.score.modules_to_save.default.weight"]
+    assert torch.equal(trained, head)
+    with torch.no_grad():
+        assert model(ids).logits.shape == (1, 1)
+    more = fit(
+        recipe(run.folder / "model", tmp_path / "more", use_peft=True, max_steps=1, streams=reward), train_dataset=preference_dicts()
+    )
+    assert (more.folder / "model" / "adapter_config.json").is_file()
+    with pytest.raises(UsageError, match="adapter of a reward model"):
+        load_causal(run.folder / "model", device="cpu")
+
+
 def test_another_reference_model(base: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     tiny(seed=8).save_pretrained(other)
@@ -187,6 +207,88 @@ def test_what_cannot_work_is_refused(base: Path, tmp_path: Path) -> None:
         fit(recipe(base, tmp_path / "d"))
     with pytest.raises(UsageError, match="is not a folder"):
         fit(recipe(tmp_path / "nowhere", tmp_path / "e"), train_dataset=preference_dicts())
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"max_steps": 0}, "max_steps=0 would train nothing"),
+        ({"lr_scheduler_type": "cosin"}, "Did you mean 'cosine'"),
+        ({"save_strategy": "steps", "save_steps": 0}, "needs save_steps"),
+        ({"load_best_model_at_end": True, "save_strategy": "no"}, "needs checkpoints"),
+        ({"load_best_model_at_end": True}, "no dev rows to choose by"),
+        ({"use_peft": True, "lora_target_modules": ["nope"]}, "lora_target_modules=.*nope"),
+    ],
+)
+def test_a_recipe_that_cannot_work_is_refused(values: dict[str, Any], said: str, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=said):
+        fit(recipe(base, tmp_path / "out", **values), train_dataset=preference_dicts())
+
+
+def test_rows_longer_than_learned_positions_are_refused(tmp_path: Path) -> None:
+    long = [{"prompt": "w1 " * 200, "chosen": "w2", "rejected": "w3"}]
+    with pytest.raises(UsageError, match=r"knows 128 positions: set tokenise.max_length=128"):
+        fit(recipe("in memory", tmp_path / "out"), model=tiny("gpt2"), tokenizer=tokenizer(), train_dataset=long)
+
+
+def test_separate_replies_can_be_packed_by_name(base: Path, tmp_path: Path) -> None:
+    """Rows of one reply share nothing, and `packed` means the same as `separate` for them."""
+    wanted = recipe(base, tmp_path / "out", attention="packed", max_steps=1, streams=[{"objective": {"name": "sft"}}])
+    assert fit(wanted, train_dataset=preference_dicts()).results["form"] == "packed"
+
+
+def test_the_best_checkpoint_is_kept_however_saving_is_set(base: Path, tmp_path: Path) -> None:
+    data = {"train_dataset": preference_dicts(), "eval_dataset": preference_dicts(4, seed=9)}
+    for number, values in enumerate(({"save_steps": 2}, {"eval_steps": 2}, {"eval_steps": 1, "save_strategy": "steps"})):
+        run = fit(recipe(base, tmp_path / str(number), load_best_model_at_end=True, **values), **data)
+        told = [line["eval_loss"] for line in read_jsonl(run.folder / "log.jsonl") if "eval_loss" in line]
+        assert run.results["dev"]["eval_loss"] == pytest.approx(min(told), abs=1e-6)
+
+
+class Stop(TrainerCallback):
+    """Ends a run in the middle, as a lack of memory would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise MemoryError("enough")
+
+
+def test_a_stopped_run_goes_on_with_smaller_micro_batches(base: Path, tmp_path: Path) -> None:
+    """What does not change the recipe may be changed; the loss told at the end is that of all steps."""
+    whole = fit(recipe(base, tmp_path / "whole"), train_dataset=preference_dicts())
+    with pytest.raises(MemoryError):
+        fit(recipe(base, tmp_path / "out", save_steps=2), train_dataset=preference_dicts(), callbacks=[Stop(5)])
+    smaller = {"token_budget": 60, "gradient_checkpointing": True, "save_steps": 1, "logging_steps": 1, "save_strategy": "steps"}
+    run = fit(recipe(base, tmp_path / "out", **smaller), train_dataset=preference_dicts())
+    assert run.results["resumed_from"] == "checkpoint-4"
+    assert run.results["train_loss"] == pytest.approx(whole.results["train_loss"], rel=1e-4)
+    with pytest.raises(StageError, match=r"other settings or inputs \(learning_rate\)"):
+        fit(recipe(base, tmp_path / "out", learning_rate=1e-3, **smaller), train_dataset=preference_dicts())
+
+
+def test_a_long_epoch_has_checkpoints_by_default(base: Path, tmp_path: Path) -> None:
+    assert recipe(base, tmp_path).save_steps == 500
+    with pytest.raises(MemoryError):
+        fit(recipe(base, tmp_path / "out", num_train_epochs=1, save_steps=2), train_dataset=preference_dicts(), callbacks=[Stop(3)])
+    assert [item.name for item in (tmp_path / "out" / "checkpoints").iterdir()] == ["checkpoint-2"]
+
+
+def test_an_edited_loss_is_another_run(base: Path, tmp_path: Path) -> None:
+    def made(factor: float) -> Any:
+        return lambda scored: -factor * scored.side("chosen").policy_logps()
+
+    def other(scored: Scored) -> torch.Tensor:
+        return -scored.side("rejected").policy_logps()
+
+    wanted = recipe(base, tmp_path / "out", max_steps=1)
+    assert not fit(wanted, train_dataset=preference_dicts(), objective=made(1.0)).skipped
+    assert fit(wanted, train_dataset=preference_dicts(), objective=made(1.0)).skipped
+    for changed in (made(2.0), other):
+        with pytest.raises(StageError, match="input objective"):
+            fit(wanted, train_dataset=preference_dicts(), objective=changed)
 
 
 def test_a_loss_that_blows_up_stops_the_run(base: Path, tmp_path: Path) -> None:

@@ -136,11 +136,11 @@ def test_the_row_mask_is_still_there_when_layers_run_again(tmp_path: Path) -> No
     )
     forward = Forward("packed", CPU)
     with forward.attention(model):
-        scored, batch = forward.scored(model, stream, [0, 1])
+        scored = forward.scored(model, stream, [0, 1])
         assert scored.policy is not None
         scored.policy.sum().backward()
     assert [inside for inside, _ in seen] == [True, False]
-    assert all(isinstance(mask, RowMask) and mask.rows == batch.rows for _, mask in seen)
+    assert all(isinstance(mask, RowMask) and mask.rows == pack([stream.rows[0], stream.rows[1]], "packed").rows for _, mask in seen)
 
 
 @pytest.mark.parametrize("use_peft", [False, True], ids=["full", "lora"])

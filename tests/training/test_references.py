@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from equipoise.core.errors import UsageError
-from equipoise.core.files import file_sha256, read_jsonl
+from equipoise.core.files import file_sha256, read_json, read_jsonl, write_json
 from equipoise.objectives._base import Needs, Scored
 from equipoise.reference.live import FILE, FollowingReference, frozen_copy
 from equipoise.training.fit import fit
@@ -163,3 +163,32 @@ def test_a_mixture_has_no_whole_vocabulary(base: Path, tmp_path: Path) -> None:
 def test_weights_of_a_mixture_are_shares(weights: list[float], base: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"reference_mixture\.weights"):
         recipe(base, tmp_path / "out", reference_mixture={"models": ["guide"], "weights": weights})
+
+
+# ---- whose log-probs a store holds
+
+
+def edited(path: Path, **values: Any) -> None:
+    write_json(path, read_json(path) | values)
+
+
+def test_the_same_weights_under_another_config_are_another_reference(tmp_path: Path) -> None:
+    """A window stands in the config alone, and rows shorter than it do not show it."""
+    folder = tmp_path / "base"
+    tiny("mistral", seed=5).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    fit(recipe(folder, tmp_path / "windowed", max_steps=1), train_dataset=preference_dicts())
+    edited(folder / "config.json", sliding_window=None)
+    run = fit(recipe(folder, tmp_path / "open", max_steps=1), train_dataset=preference_dicts())
+    assert run.results["cost"]["reference_tokens"] > 0
+    assert losses(run.folder)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_the_same_adapter_at_another_scale_is_another_reference(base: Path, tmp_path: Path) -> None:
+    first = fit(recipe(base, tmp_path / "first", use_peft=True, lora_r=4), train_dataset=preference_dicts())
+    adapter = first.folder / "model"
+    fit(recipe(adapter, tmp_path / "once", use_peft=True, max_steps=1), train_dataset=preference_dicts())
+    edited(adapter / "adapter_config.json", lora_alpha=64)
+    run = fit(recipe(adapter, tmp_path / "twice", use_peft=True, max_steps=1), train_dataset=preference_dicts())
+    assert run.results["cost"]["reference_tokens"] > 0
+    assert losses(run.folder)[0] == pytest.approx(math.log(2), abs=1e-6)

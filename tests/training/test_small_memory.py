@@ -17,7 +17,8 @@ from equipoise.core.errors import UsageError
 from equipoise.core.files import read_json, read_jsonl
 from equipoise.core.runs import Run
 from equipoise.models.attention import NAME, attention_of, register
-from equipoise.models.load import load_causal, weights_fingerprint
+from equipoise.models.identity import weights_fingerprint
+from equipoise.models.load import load_causal
 from equipoise.models.logps import unwrapped
 from equipoise.models.quantised import FourBit
 from equipoise.reference.build import build, reference_logps

@@ -11,7 +11,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -39,9 +39,9 @@ def is_done(folder: str | Path) -> bool:
     return (Path(folder) / DONE).is_file()
 
 
-def stage_key(kind: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """16 hex digits naming what a stage computes. Where it writes (`output_dir`) does not matter."""
-    relevant = {key: value for key, value in settings.items() if key != "output_dir"}
+def stage_key(kind: str, settings: Mapping[str, Any], inputs: Mapping[str, str], neutral: Collection[str] = ()) -> str:
+    """16 hex digits naming what a stage computes. Where it writes (`output_dir`) does not matter, nor what else is neutral."""
+    relevant = {key: value for key, value in settings.items() if key != "output_dir" and key not in neutral}
     return fingerprint({"kind": kind, "settings": relevant, "inputs": dict(inputs)})
 
 
@@ -52,6 +52,7 @@ def run_stage(
     inputs: Mapping[str, str],
     work: Callable[[Path], Mapping[str, Any] | None],
     overwrite: bool = False,
+    neutral: Collection[str] = (),
 ) -> Run:
     """Run `work(folder)` unless the folder already holds its result.
 
@@ -63,19 +64,21 @@ def run_stage(
         work: does the work, writes into the folder, returns a small JSON mapping of results. It must resume by itself
             from what an interrupted earlier call with the same key left there.
         overwrite: start afresh where the folder holds something else.
+        neutral: settings that change how the work is done and not what: the folder may have been begun with others.
 
     Raises:
         StageError: the folder holds another stage's work (other settings or inputs) and `overwrite` is off.
     """
     folder = Path(folder)
-    key = stage_key(kind, settings, inputs)
+    key = stage_key(kind, settings, inputs, neutral)
     header_path = folder / "inputs.json"
     if header_path.is_file():
         header = read_json(header_path)
         if header.get("key") != key:
             if not overwrite:
+                other = _difference(folder, header, kind, settings, inputs, neutral)
                 raise StageError(
-                    f"{folder} holds the {header.get('kind', 'other')} stage of {_difference(folder, header, kind, settings, inputs)}. "
+                    f"{folder} holds the {header.get('kind', 'other')} stage of {other}. "
                     "Choose another output folder, or pass --overwrite to start afresh."
                 )
             shutil.rmtree(folder)
@@ -112,11 +115,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _difference(folder: Path, header: Mapping[str, Any], kind: str, settings: Any, inputs: Any) -> str:
+def _difference(folder: Path, header: Mapping[str, Any], kind: str, settings: Any, inputs: Any, neutral: Collection[str]) -> str:
     """Which settings or inputs differ, in words."""
     if header.get("kind") != kind:
         return f"another kind (asked for: {kind})"
     before = read_json(folder / "settings.json") if (folder / "settings.json").is_file() else {}
     names = [name for name in sorted({*before, *settings}) if before.get(name) != settings.get(name)]
     names += [f"input {name}" for name in sorted({*header["inputs"], *inputs}) if header["inputs"].get(name) != inputs.get(name)]
-    return "other settings or inputs (" + ", ".join(name for name in names if name != "output_dir") + ")"
+    return "other settings or inputs (" + ", ".join(name for name in names if name != "output_dir" and name not in neutral) + ")"

@@ -48,7 +48,8 @@ class LocalSettings(GeneratorSettings):
 
     def build(self) -> Generator:
         """Load the model. An adapter is merged into its base, which then generates faster (and, in bfloat16, rounds once more)."""
-        from equipoise.models.load import load_causal, load_tokenizer, weights_fingerprint
+        from equipoise.models.identity import weights_fingerprint
+        from equipoise.models.load import load_causal, load_tokenizer
 
         model: Any = load_causal(self.model_name_or_path, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
         weights = weights_fingerprint(model, skip_adapters=False)
@@ -79,7 +80,7 @@ class LocalGenerator(Generator):
         stop: Sequence[str] | None = None,
         weights: str | None = None,
     ) -> None:
-        from equipoise.models.load import weights_fingerprint
+        from equipoise.models.identity import weights_fingerprint
 
         self._model: Any = model
         self._tokenizer: Any = tokenizer

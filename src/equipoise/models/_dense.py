@@ -103,11 +103,5 @@ def _error(attend: Attend, window: int | None, heads: int, kv_heads: int, head_d
         return max(float((ours - exact).abs().max() / exact.abs().max()) for ours, exact in zip(*results, strict=True))
 
 
-def computed_in(query: Tensor, value: Tensor) -> torch.dtype:
-    """Under autocast the dtype it asks for (norms on queries and keys leave float32 ones), else the value's."""
-    kind = query.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
-
-
 def _same(value: Tensor) -> Tensor:
     return value

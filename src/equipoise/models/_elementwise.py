@@ -82,6 +82,12 @@ def exponentials(logits: Tensor, target: Tensor, top: Tensor | None) -> tuple[Te
     return picked, top, total
 
 
+def forward_dtype(read: Tensor) -> torch.dtype:
+    """The dtype a product that reads this tensor is computed in: autocast's where it is on, else the tensor's own."""
+    kind = read.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else read.dtype
+
+
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """What a log-softmax is computed in: float32, or float64 for float64 numbers."""
     return torch.float64 if dtype == torch.float64 else torch.float32

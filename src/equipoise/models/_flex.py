@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from equipoise.models._compile import with_open_shapes
-from equipoise.models._dense import computed_in, key_bounds, trusted
+from equipoise.models._dense import key_bounds, trusted
+from equipoise.models._elementwise import forward_dtype
 from equipoise.models.batch import Span
 
 Tensor = torch.Tensor
@@ -44,7 +45,7 @@ def block_mask(rows: Sequence[Span], window: int | None, device: torch.device) -
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float | None) -> Tensor:
     """Attention of one layer. query [1, H, S, D], key and value [1, H_kv, S, D] → [1, S, H, D], in value's dtype."""
-    dtype = computed_in(query, value)
+    dtype = forward_dtype(value)
     output = _compiled()(
         query.to(dtype), key.to(dtype), value.to(dtype), block_mask=mask, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
     )
@@ -57,7 +58,7 @@ def usable(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
         return False
     if query.device.type != "cuda" or dropout > 0 or query.shape[2] <= BLOCK or key.shape[3] != value.shape[3]:
         return False
-    return works(query.shape[1], key.shape[1], query.shape[3], computed_in(query, value), query.device)
+    return works(query.shape[1], key.shape[1], query.shape[3], forward_dtype(value), query.device)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from equipoise.models.heads import forward_dtype
+from equipoise.models._elementwise import forward_dtype
 
 Tensor = torch.Tensor
 

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from equipoise.models._dense import computed_in
-from equipoise.models._elementwise import wide_dtype
+from equipoise.models._elementwise import forward_dtype, wide_dtype
 from equipoise.models.batch import Span
 
 Tensor = torch.Tensor
@@ -98,7 +97,7 @@ def usable(query: Tensor, dropout: float) -> bool:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, cut: Sequence[Piece], scaling: float | None) -> Tensor:
     """[1, H, S, D], [1, H_kv, S, D], [1, H_kv, S, E] → [1, S, H, E]. Under autocast in its dtype."""
-    dtype = computed_in(query, value)
+    dtype = forward_dtype(value)
     with torch.autocast("cpu", enabled=False):
         return RowAttention.apply(query.to(dtype), key.to(dtype), value.to(dtype), cut, scaling)  # type: ignore[no-untyped-call]
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from equipoise.models._dense import computed_in, trusted
+from equipoise.models._dense import trusted
+from equipoise.models._elementwise import forward_dtype
 from equipoise.models.batch import Span, to_device
 
 Tensor = torch.Tensor
@@ -110,7 +111,7 @@ class VarlenAttention(torch.autograd.Function):
 
 def attend(query: Tensor, key: Tensor, value: Tensor, rows: Layout, window: int | None, scaling: float | None) -> Tensor:
     """Attention of one layer. query [1, H, S, D], key and value [1, H_kv, S, D] → [1, S, H, D], in what autocast asks for."""
-    dtype = computed_in(query, value)
+    dtype = forward_dtype(value)
     return VarlenAttention.apply(query.to(dtype), key.to(dtype), value.to(dtype), rows, window, scaling)  # type: ignore[no-untyped-call]
 
 
@@ -118,7 +119,7 @@ def usable(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
     """Whether the kernel serves these tensors: on a CUDA device, in 16 bits, no dropout, and its trial run was right."""
     if query.device.type != "cuda" or dropout > 0:
         return False
-    dtype, heads, size = computed_in(query, value), query.shape[1], query.shape[3]
+    dtype, heads, size = forward_dtype(value), query.shape[1], query.shape[3]
     if dtype not in (torch.bfloat16, torch.float16) or size != value.shape[3] or size > LARGEST_HEAD or size % 8:
         return False
     return works(heads, key.shape[1], size, dtype, query.device)

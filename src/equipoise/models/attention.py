@@ -38,7 +38,7 @@ class RowMask:
 
     rows: tuple[Span, ...]
     window: int | None
-    _biases: dict[Any, Tensor | None] = field(default_factory=dict)
+    _biases: dict[Any, Tensor] = field(default_factory=dict)
     _pieces: dict[torch.dtype, tuple[_rows.Piece, ...]] = field(default_factory=dict)
     _blocks: Any = None
     _layout: _varlen.Layout | None = None
@@ -49,9 +49,7 @@ class RowMask:
         if key not in self._biases:
             allowed = self._allowed(torch.arange(prompt, prompt + reply, device=device), torch.arange(prompt + reply, device=device))
             self._biases[key] = torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, -torch.inf)
-        bias = self._biases[key]
-        assert bias is not None
-        return bias
+        return self._biases[key]
 
     def causal(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """Additive mask for a run of `length` positions from 0, or None where plain causal attention says the same."""

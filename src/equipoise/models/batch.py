@@ -47,7 +47,7 @@ class PackedBatch:
     source, target, branch, offset: int64 [R]; position whose logits predict, token predicted, and where its
     log-prob goes in [N, T]. source indexes the flattened ids.
     unit, role: int64 [N]; mask: bool [N, T], the `learn` marks; marks: bool [N, T] by name, the others.
-    facts: float64 [N] by name. row_ids: one per unit.
+    facts: float64 [N] by name.
     sides: role → int64 [U], the branch of each unit with it; only roles that every unit has once, with tokens to learn.
     """
 
@@ -66,7 +66,6 @@ class PackedBatch:
     marks: Mapping[str, Tensor]
     facts: Mapping[str, Tensor]
     sides: Mapping[str, Tensor]
-    row_ids: tuple[str, ...]
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device."""
@@ -142,7 +141,6 @@ def pack(rows: Sequence[TokenRow], form: Form = "packed", pad_id: int = 0) -> Pa
         padding=torch.from_numpy(np.arange(width)[None, :] < lengths[:, None]) if form == "padded" else None,
         segments=_tensor(np.concatenate(segments)).view(shape),
         source=_tensor(np.concatenate(source)),
-        row_ids=tuple(row.id for row in rows),
         **_branches(rows),
     )
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from equipoise.models._elementwise import current, wide_dtype
+from equipoise.models._elementwise import current, forward_dtype, wide_dtype
 from equipoise.models.gradients import gradient_of, grows_in_place, replaced_forward
 
 Tensor = torch.Tensor
@@ -170,9 +170,3 @@ def chunks(hidden: Tensor, vocabulary: int) -> Iterator[slice]:
     # Equal chunks rather than a small rest, which would be a slow product.
     count = max(1, -(-rows // size))
     return (slice(first, last) for first, last in pairwise(round(rows * number / count) for number in range(count + 1)))
-
-
-def forward_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype the head computes its products in: autocast's where it is on, else the hidden states' own."""
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import io
 import os
 import shutil
@@ -33,11 +32,13 @@ from equipoise.core import assets
 from equipoise.core.errors import EquipoiseError, UsageError, nearest
 from equipoise.core.files import read_json, write_json
 from equipoise.core.progress import console, say
-from equipoise.models.quantised import FourBit, quantised_tensors, settle
+from equipoise.models.identity import weights_fingerprint
+from equipoise.models.quantised import FourBit, settle
 
 DType = Literal["float32", "bfloat16", "auto"]
 DTYPES: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
 ADAPTER_CONFIG = "adapter_config.json"
+_CLASSIFIER = "SEQ_CLS"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -131,6 +132,12 @@ def base_of(name: str | Path) -> str:
     return str(base)
 
 
+def _adapter_task(folder: str) -> str | None:
+    """What PEFT says an adapter is for: CAUSAL_LM, SEQ_CLS, …; None where it does not say."""
+    task: str | None = read_json(Path(folder) / ADAPTER_CONFIG).get("task_type")
+    return task
+
+
 def _check_folder(folder: Path) -> None:
     """Raise UsageError unless the folder can be loaded, saying what is missing and where a model might be instead."""
     if is_adapter(folder):
@@ -195,6 +202,8 @@ def load_causal(
     if is_adapter(resolved):
         if adapter is not None:
             raise UsageError(f"{name} is itself an adapter; it cannot carry a second one ({adapter}).")
+        if _adapter_task(resolved) == _CLASSIFIER:
+            raise UsageError(f"{name} is the adapter of a reward model: it gives scores, and no language model.")
         adapter, resolved = resolved, resolve_model(base_of(resolved))
     model = _load_with_attention(
         AutoModelForCausalLM,
@@ -220,6 +229,7 @@ def load_sequence_classifier(
     device: str | torch.device | None = None,
     attn_implementation: str = "sdpa",
     seed: int = 0,
+    trainable: bool = False,
     trust_remote_code: bool = False,
     four_bit: FourBit | None = None,
 ) -> PreTrainedModel:
@@ -227,9 +237,14 @@ def load_sequence_classifier(
 
     With `from_backbone` any encoder or causal model serves, and gets a fresh head drawn from `seed`; without it a
     checkpoint that lacks a head is an error, since scoring with random weights looks like scoring.
+    A reward model's adapter is put on its base, and brings the head with it (a `PeftModel`; trainable: as in `load_causal`).
     `config.pad_token_id` is always set: causal backbones read the score at the last token that is not padding.
     """
-    resolved = resolve_model(name)
+    resolved, adapter = resolve_model(name), None
+    if is_adapter(resolved):
+        if _adapter_task(resolved) != _CLASSIFIER:
+            raise UsageError(f"{name} is the adapter of a language model, and has no classification head.")
+        adapter, resolved, from_backbone = resolved, resolve_model(base_of(resolved)), True
     config = _load(AutoConfig, resolved, trust_remote_code=trust_remote_code)
     trained = any("SequenceClassification" in str(item) for item in config.architectures or ())
     if not trained and not from_backbone:
@@ -258,6 +273,8 @@ def load_sequence_classifier(
     _draw(model, fresh, seed)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = load_tokenizer(name, trust_remote_code).pad_token_id
+    if adapter is not None:
+        model = _with_adapter(model, adapter, trainable)
     model = model.to(_device(device))
     model.eval()
     return model
@@ -368,31 +385,13 @@ def _no_load_report() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
-# ---- identity
-
-
-def weights_fingerprint(model: torch.nn.Module, skip_adapters: bool = True) -> str:
-    """16 hex digits of the SHA-256 over every parameter and buffer: name, dtype, shape, bytes.
-
-    With `skip_adapters`, LoRA weights are left out and PEFT's wrapping is undone in the names, so a model and the same
-    model under an adapter agree. Buffers count because rotary frequencies change log-probs as weights do, and so do the
-    scales of a quantised weight.
-    About a second for 135 M float32 parameters on one core; tied weights are read once.
-    """
-    digest = hashlib.sha256()
-    tensors = {**dict(model.named_buffers()), **dict(model.named_parameters()), **quantised_tensors(model)}
-    if skip_adapters:
-        tensors = {_plain_name(name): tensor for name, tensor in tensors.items() if _plain_name(name)}
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def _plain_name(name: str) -> str:
-    """The name a weight has without PEFT around it; empty for the adapter's own weights."""
-    parts = name.removeprefix("base_model.model.").split(".")
-    if any(part.startswith(("lora_", "modules_to_save")) for part in parts):
-        return ""
-    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+@contextlib.contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """Within this block a model's adapter is off. Afterwards what was frozen of it is frozen, which PEFT's own switch forgets."""
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, trained in wanted:
+            parameter.requires_grad_(trained)

@@ -18,10 +18,12 @@ import torch
 
 from equipoise.core.errors import NumericsError
 from equipoise.data.rows import Branch, TokenRow
+from equipoise.models._elementwise import wide_dtype
 from equipoise.models.attention import packed_rows
 from equipoise.models.batch import PackedBatch, pack
 from equipoise.models.gradients import replaced_embedding
 from equipoise.models.heads import can_replace, head_logps, replaced_head
+from equipoise.models.quantised import in_low_precision
 from equipoise.models.stats import head_statistics, statistics
 
 Tensor = torch.Tensor
@@ -37,7 +39,7 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
         """logits [R, V], any float dtype; target int64 [R] → [R] nats, float32 (float64 for float64 logits)."""
-        wide = logits if logits.dtype == torch.float64 else logits.float()
+        wide = logits.to(wide_dtype(logits.dtype))
         lse = torch.logsumexp(wide, dim=-1)
         ctx.save_for_backward(logits, target, lse)
         return wide.gather(1, target[:, None]).squeeze(1) - lse
@@ -47,7 +49,7 @@ class TokenLogps(torch.autograd.Function):
         """∂/∂logits = (onehot(target) − softmax) · gradient."""
         logits, target, lse = ctx.saved_tensors
         (gradient,) = gradients
-        wide = logits if logits.dtype == torch.float64 else logits.float()
+        wide = logits.to(wide_dtype(logits.dtype))
         result = torch.exp(wide - lse[:, None]).mul_(-gradient[:, None])
         result.scatter_add_(1, target[:, None], gradient[:, None])
         return result.to(logits.dtype), None
@@ -104,8 +106,10 @@ def head_of(model: Any, batch: PackedBatch) -> Head:
     It does not where the output layer is no plain matrix, or where the model scales or caps its logits afterwards.
     """
     base = unwrapped(model)
+    if not can_replace(base.get_output_embeddings()):  # asked each time: an adapter may have been put on it since
+        return "logits"
     if base not in _heads:
-        _heads[base] = "chunked" if can_replace(base.get_output_embeddings()) and _heads_agree(model, batch) else "logits"
+        _heads[base] = "chunked" if _heads_agree(model, batch) else "logits"
     return _heads[base]
 
 
@@ -116,7 +120,7 @@ def _heads_agree(model: Any, batch: PackedBatch) -> bool:
     probe = pack([row], "separate" if batch.padding is None else "padded").to(batch.ids.device)
     with evaluating(model), torch.no_grad():
         ours, native = _chunked(model, probe), token_logps(reply_logits(model, probe), probe.target)
-    low = any(parameter.dtype.itemsize == 2 for parameter in model.parameters()) or torch.is_autocast_enabled(batch.ids.device.type)
+    low = in_low_precision(model) or torch.is_autocast_enabled(batch.ids.device.type)
     return bool((ours - native).abs().max() <= (HEAD_TOLERANCE_LOW if low else HEAD_TOLERANCE))
 
 

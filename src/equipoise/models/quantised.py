@@ -16,8 +16,6 @@ import torch
 
 from equipoise.core.errors import UsageError
 
-# transformers takes none older; the first whose 4-bit kernels also run on a CPU.
-OLDEST = "0.46.1"
 _LOW = (torch.bfloat16, torch.float16)
 
 
@@ -34,7 +32,7 @@ class FourBit:
 
     def config(self) -> Any:
         """The `transformers.BitsAndBytesConfig`. Raises UsageError where bitsandbytes is not installed."""
-        require_bitsandbytes("load_in_4bit")
+        require_bitsandbytes()
         from transformers import BitsAndBytesConfig
 
         return BitsAndBytesConfig(
@@ -45,10 +43,10 @@ class FourBit:
         )
 
 
-def require_bitsandbytes(setting: str) -> None:
-    """Raise UsageError, naming the setting that asks for it, where bitsandbytes is not installed."""
+def require_bitsandbytes() -> None:
+    """Raise UsageError where bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError(f"{setting} needs bitsandbytes, which is not installed: pip install 'equipoise[quant]'.")
+        raise UsageError("load_in_4bit needs bitsandbytes, which is not installed: pip install 'equipoise[quant]'.")
 
 
 def is_quantised(model: Any) -> bool:

@@ -12,8 +12,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from equipoise.core.errors import NumericsError
-from equipoise.models._elementwise import wide_dtype
-from equipoise.models.heads import chunks, forward_dtype
+from equipoise.models._elementwise import forward_dtype, wide_dtype
+from equipoise.models.heads import chunks
 
 Tensor = torch.Tensor
 NAMES = ("lse", "entropy", "log_sum_sq", "kl_ref")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from types import FunctionType, MethodType, NoneType
 from typing import Any, ClassVar
 
 import torch
@@ -65,6 +68,29 @@ def class_from_file(path: str | Path) -> type[Objective]:
     except Exception as error:  # it is the user's code, and raises whatever it likes
         del sys.modules[name]
         raise UsageError(f"{path} cannot be used as an objective: {type(error).__name__}: {error}") from error
+
+
+def code_fingerprint(written: Any) -> str:
+    """16 hex digits of the code of a function, or of an object's class, and of the plain values that belong to it.
+
+    Its source text where Python has it, else its compiled code: an edited loss is another loss under the same name.
+    """
+    if isinstance(written, partial):
+        return fingerprint([code_fingerprint(written.func), repr(written.args), repr(sorted(written.keywords.items()))])
+    function = isinstance(written, (FunctionType, MethodType))
+    code = written if function else type(written)
+    values = [cell.cell_contents for cell in getattr(code, "__closure__", None) or ()] if function else list(vars(written).values())
+    try:
+        text = inspect.getsource(code)
+    except (OSError, TypeError):
+        compiled = getattr(code, "__code__", None)
+        text = repr(
+            compiled and (compiled.co_code, compiled.co_names, [value for value in compiled.co_consts if isinstance(value, _PLAIN)])
+        )
+    return fingerprint([f"{code.__module__}.{code.__qualname__}", text, [repr(value) for value in values if isinstance(value, _PLAIN)]])
+
+
+_PLAIN = (str, bytes, int, float, bool, tuple, NoneType)
 
 
 class CallableObjective(Objective):

@@ -15,7 +15,7 @@ class WPO(Objective):
     """L = −w log σ(βh), h in summed log-ratios [nats]; w = w(y_w) w(y_l), w(y) = exp(mean_t(log π_θ(y_t) − log Σ_v π_θ(v)²)).
 
     Σ_v π_θ(v)² is the probability that the policy expects of its own next token, so w compares the reply with what the
-    policy would have sampled. w has no gradient, and is 1 at most.
+    policy would have sampled. w has no gradient, and with `clamp` is 1 at most.
     """
 
     paper: ClassVar[str] = "arXiv 2406.11827, weight: eq. 2 (numbered as public code does); formula as in public code (wzhouad/WPO)"

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from equipoise.core.files import fingerprint
 
 # Raised by hand whenever the way log-probs are computed changes their values: old stores are then not read.
-NUMERICS = 2
+NUMERICS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """weights: fingerprint of the reference's weights. adapter: `none`, or `active` where adapter weights are part of them.
+    """weights: fingerprint of the reference's weights and config. adapter: `none`, or `active` where adapter weights are part of them.
 
     dtype: of the forward pass (`float32`, `bfloat16`, `autocast-bfloat16`). attention: form and kernel of the pass.
     """

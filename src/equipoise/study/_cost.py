@@ -53,10 +53,12 @@ def parameters_of(name: str, expected: Mapping[str, float] | None = None, head: 
 def _counted(folder: Path) -> tuple[int, int]:
     """All weights of a local model without its output layer, and those of its input embeddings (as large as an output layer)."""
     import torch
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
+
+    from equipoise.models.load import load_config
 
     with torch.device("meta"):
-        model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+        model = AutoModel.from_config(load_config(folder))
     return sum(parameter.numel() for parameter in model.parameters()), model.get_input_embeddings().weight.numel()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from equipoise.core.errors import UsageError
@@ -86,7 +86,7 @@ class StudyPlan:
             "budget": {"equal": self.settings.budget.equal, "tolerance": self.settings.budget.tolerance, "arms": dict(self.spent)},
             "detectable": self.detectable,
             "warnings": self.warnings,
-            "machine": asdict(self.machine),
+            "machine": self.machine.as_json(),
         }
 
 

@@ -7,12 +7,20 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
+from equipoise.core.errors import UsageError
 from equipoise.training._ranks import on_cpu
 from equipoise.training.settings import TrainSettings
 
 
 def training_arguments(settings: TrainSettings, folder: Path, dev: bool) -> TrainingArguments:
-    """The library's arguments for a run in `folder`; dev: whether dev rows are told figures of while training."""
+    """The library's arguments for a run in `folder`; dev: whether there are dev rows to evaluate while training."""
+    best = settings.load_best_model_at_end
+    if best and not dev:
+        raise UsageError(
+            "load_best_model_at_end: there are no dev rows to choose by. Give every stream a part (data.part=train) and leave eval_on_dev "
+            "on, or hand over eval_dataset."
+        )
+    evaluates = ("steps" if settings.eval_steps else "epoch") if dev else "no"
     # transformers is renaming it, and warns whenever the old name is spoken.
     recompute = "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
     arguments = TrainingArguments(
@@ -30,12 +38,12 @@ def training_arguments(settings: TrainSettings, folder: Path, dev: bool) -> Trai
         optim=settings.optim,
         logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,
-        eval_strategy=("steps" if settings.eval_steps else "epoch") if dev else "no",
+        eval_strategy=evaluates,
         eval_steps=settings.eval_steps or None,
-        save_strategy="steps" if settings.save_steps else settings.save_strategy,
-        save_steps=settings.save_steps or 500,
+        save_strategy=evaluates if best else settings.save_strategy,
+        save_steps=(settings.eval_steps if best else settings.save_steps) or 1,
         save_total_limit=settings.save_total_limit,
-        load_best_model_at_end=settings.load_best_model_at_end and dev,
+        load_best_model_at_end=best,
         metric_for_best_model="loss",
         greater_is_better=False,
         report_to=settings.report_to,

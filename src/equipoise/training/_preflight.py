@@ -6,6 +6,7 @@ import importlib.util
 import re
 from collections.abc import Sequence
 
+from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from equipoise.core.errors import UsageError, nearest
@@ -34,12 +35,23 @@ _REFUSED = (
 
 
 def check_recipe(settings: TrainSettings) -> None:
-    """Raise UsageError for an optimizer that is not known, not installed or not right here, and for a 4-bit base without LoRA."""
+    """Raise UsageError for what cannot work: a name that is not known, an optimizer not right here, settings that exclude each other."""
     check_optimizer(settings.optim)
+    schedules = [item.value for item in SchedulerType]
+    if settings.lr_scheduler_type not in schedules:
+        raise UsageError(
+            f"Unknown schedule lr_scheduler_type={settings.lr_scheduler_type!r}.{nearest(settings.lr_scheduler_type, schedules)}"
+        )
+    if settings.max_steps == 0:
+        raise UsageError("max_steps=0 would train nothing; -1 takes as many steps as the epochs have.")
+    if settings.save_strategy == "steps" and not settings.save_steps:
+        raise UsageError("save_strategy=steps needs save_steps, the steps between two checkpoints.")
+    if settings.save_strategy == "no" and settings.load_best_model_at_end:
+        raise UsageError("load_best_model_at_end needs checkpoints: leave out save_strategy=no.")
     if settings.load_in_4bit:
         if not settings.use_peft:
             raise UsageError("load_in_4bit holds the base's weights fixed, and nothing else is trained: set use_peft=true.")
-        require_bitsandbytes("load_in_4bit")
+        require_bitsandbytes()
 
 
 def check_optimizer(name: str) -> None:

@@ -6,7 +6,7 @@ ten million rows while the others stand still, and NCCL would give up after ten 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -104,6 +104,7 @@ class Ranks:
         inputs: Mapping[str, str],
         work: Callable[[Path], Mapping[str, Any]],
         overwrite: bool = False,
+        neutral: Collection[str] = (),
     ) -> Run:
         """`run_stage` whose folder rank 0 keeps while every rank does the work. `inputs` are read on rank 0 only.
 
@@ -111,7 +112,7 @@ class Ranks:
         rank's; the launcher then ends the others, as they may be waiting anywhere.
         """
         if self.size == 1:
-            return run_stage(folder, kind, settings, inputs, work, overwrite)
+            return run_stage(folder, kind, settings, inputs, work, overwrite, neutral)
         if self.rank:
             opened = self._hear()
             if isinstance(opened, Run):
@@ -127,7 +128,7 @@ class Ranks:
             return work(path)
 
         try:
-            run = run_stage(folder, kind, settings, inputs, together, overwrite)
+            run = run_stage(folder, kind, settings, inputs, together, overwrite, neutral)
         except Exception as error:
             if not working:
                 self._tell(error=error)

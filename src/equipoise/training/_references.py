@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from equipoise.core.errors import NumericsError, UsageError
 from equipoise.data.rows import TokenRow
 from equipoise.models.attention import NAME, attention_of, register
 from equipoise.models.batch import Form
+from equipoise.models.identity import forward_fingerprint
 from equipoise.models.layers import lean_layers
-from equipoise.models.load import load_causal, weights_fingerprint
+from equipoise.models.load import adapter_off, load_causal
 from equipoise.models.logps import evaluating, unwrapped
 from equipoise.objectives._base import Objective
 from equipoise.reference.build import build, check
@@ -23,7 +25,7 @@ from equipoise.reference.key import Context
 from equipoise.reference.live import FollowingReference, LiveReference, frozen_copy
 from equipoise.reference.mixture import Mixture
 from equipoise.reference.store import ReferenceStore
-from equipoise.training._model import forward_dtype, four_bit
+from equipoise.training._model import dtype_label, four_bit
 from equipoise.training._ranks import Ranks
 from equipoise.training._streams import Forward, Stream
 from equipoise.training.settings import TrainSettings
@@ -39,9 +41,9 @@ def stored_tolerance(report: dict[str, Any]) -> float:
 
 
 def reference_identity(model: Any, fresh_adapter: bool) -> tuple[str, str]:
-    """Fingerprint of the start weights as a reference, and what their adapter is. Read before the model is cut."""
+    """Fingerprint of the start model as a reference, and what its adapter is. Read before the model is cut."""
     adapter = "active" if hasattr(model, "peft_config") and not fresh_adapter else "none"
-    return weights_fingerprint(model, skip_adapters=fresh_adapter), adapter
+    return forward_fingerprint(model, skip_adapters=fresh_adapter), adapter
 
 
 class References:
@@ -94,7 +96,7 @@ class References:
             return None
         lean = lean_layers(policy, forward.kernels)
         with evaluating(policy), torch.no_grad(), forward.attention(unwrapped(policy)), lean:
-            scored, _ = forward.scored(policy, stream, [0])
+            scored = forward.scored(policy, stream, [0])
         assert scored.policy is not None
         assert scored.reference is not None
         off = float(((scored.policy - scored.reference) * scored.mask).abs().sum() / scored.mask.sum())
@@ -127,7 +129,7 @@ class References:
                 load_causal(settings.reference_model, dtype=settings.dtype, device=forward.device, four_bit=four_bit(settings)).eval()
             )
         elif fresh:
-            return LiveReference(context=policy.disable_adapter)
+            return LiveReference(context=partial(adapter_off, policy))
         else:
             live = LiveReference(frozen_copy(policy))
         if forward.form != "padded":
@@ -135,12 +137,12 @@ class References:
         return live
 
     def _fill(self, name: str | None, policy: Any, fresh: bool, forward: Forward, tolerance: float) -> list[ReferenceStore]:
-        """A store a stream with the log-probs of one reference: a model by name, loaded and let go of again; None: the start model.
+        """For each stream a store with one reference's log-probs. A model by name is loaded for it and then let go; None: the start model.
 
         A named model is loaded for its fingerprint even where the store has every row.
         """
         form, device, autocast = forward.form, forward.device, forward.autocast
-        off: Callable[[], AbstractContextManager[Any]] = policy.disable_adapter if fresh else nullcontext
+        off: Callable[[], AbstractContextManager[Any]] = partial(adapter_off, policy) if fresh else nullcontext
         reference, identity = policy, self._identity
         if name is not None:
             register()
@@ -154,7 +156,7 @@ class References:
             form, report = choose_form(reference, self._stored[0].rows, self.settings.attention, device, autocast, forward.kernels)
             tolerance = stored_tolerance(report)
         assert identity is not None
-        context = Context(*identity, forward_dtype(self.settings, reference), f"{form}/{device.type}")
+        context = Context(*identity, dtype_label(self.settings, reference), f"{form}/{device.type}")
         attention = nullcontext() if form == "padded" else attention_of(unwrapped(reference), NAME)
         # As the training step computes, so that a run's first log-ratios are as near 0 as can be.
         with off(), attention, lean_layers(reference, forward.kernels):
@@ -167,7 +169,9 @@ class References:
         # No rank may start writing before all have listed what is missing: they deal out one and the same list.
         ranks.wait()
         assert isinstance(self.settings.token_budget, int), "decided when the run began"
-        known = [row for row in rows[:CHECKED_ROWS] if not store.missing([row])]
+        # The longest row too: what a window or a rotary scale changes shows in no short one.
+        probes = [*rows[:CHECKED_ROWS], max(rows, key=lambda row: row.tokens)]
+        known = [row for row in probes if not store.missing([row])]
         if known:
             check(reference, known, store, form, forward.device, forward.autocast, tolerance)
         mine = build(reference, rows, store, form, self.settings.token_budget, forward.device, forward.autocast, ranks.rank, ranks.size)

@@ -30,7 +30,7 @@ from equipoise.models.heads import can_replace
 from equipoise.models.layers import lean_layers, watching
 from equipoise.models.load import base_of, is_adapter, load_config, resolve_model
 from equipoise.models.logps import policy_logps, scores, takes_logits_to_keep, token_logps, unwrapped
-from equipoise.training._model import autocast_for, make_trainable
+from equipoise.training._model import autocast_for, make_trainable, no_dropout
 from equipoise.training.settings import TrainSettings
 
 Lengths = tuple[int, tuple[int, ...]]
@@ -155,11 +155,12 @@ class Simulation:
             return nullcontext() if form == "padded" else attention_of(unwrapped(self.model), NAME)
 
         gradients: AbstractContextManager[Any] = nullcontext() if self.exchanged else gradients_in_place()
+        dropout: AbstractContextManager[Any] = nullcontext() if self.settings.dropout else no_dropout(self.model)
         if not self._watched and self.settings.bf16 and self.readout == "logps":
             with attention(), watching(self.model), self.mode, torch.no_grad(), autocast_for(self.settings, self.device)():
                 self._values(batch)
             self._watched = True  # as the start check does before a run
-        with attention(), gradients, lean_layers(self.model), self.mode, ledger, torch.set_grad_enabled(training):
+        with attention(), gradients, dropout, lean_layers(self.model), self.mode, ledger, torch.set_grad_enabled(training):
             if form != "padded" and unwrapped(self.model).config._attn_implementation != NAME:
                 raise UsageError(f"{type(unwrapped(self.model)).__name__} does not let its attention be replaced.")
             if training and accumulate:

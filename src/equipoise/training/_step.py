@@ -68,7 +68,7 @@ class StepRunner:
             with self.sync(number == len(micro_batches) - 1):
                 if number in random_state:
                     _set_random_state(random_state[number])
-                scored, _ = self.forward.scored(model, stream, micro.rows)
+                scored = self.forward.scored(model, stream, micro.rows)
                 if number in cotangents:
                     losses, gradient = cotangents[number]
                     values = scored.policy if scored.policy is not None else scored.score
@@ -100,7 +100,7 @@ class StepRunner:
             for number in mine:
                 states[number] = _random_state(self.forward.device)
                 with torch.no_grad():
-                    parts.append(detached(self.forward.scored(model, stream, micro_batches[number].rows)[0]))
+                    parts.append(detached(self.forward.scored(model, stream, micro_batches[number].rows)))
             everyone, first = self._gather(parts, [micro_batches[number].idle for number in mine])
             values = everyone.policy if everyone.policy is not None else everyone.score
             assert values is not None

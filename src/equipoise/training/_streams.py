@@ -92,7 +92,7 @@ class Forward:
     live: LiveReference | None = None
     kernels: Kernels = EAGER
 
-    def scored(self, model: Any, stream: Stream, rows: Sequence[int]) -> tuple[Scored, PackedBatch]:
+    def scored(self, model: Any, stream: Stream, rows: Sequence[int]) -> Scored:
         """Log-probs (or scores) of some rows of a stream, with their reference and statistics. policy, reference, mask: [N, T]."""
         needs = stream.objective.needs
         chosen = [with_marks(stream.rows[row], needs.marks) for row in rows]
@@ -113,20 +113,17 @@ class Forward:
                 policy, stats = policy_statistics(model, batch, sorted(needs.stats), logits)
             else:
                 policy = policy_logps(model, batch)
-        return (
-            Scored(
-                policy=policy,
-                reference=reference,
-                mask=batch.mask,
-                unit=batch.unit,
-                role=batch.role,
-                stats=stats,
-                marks=batch.marks,
-                score=score,
-                facts=batch.facts,
-                sides=batch.sides,
-            ),
-            batch,
+        return Scored(
+            policy=policy,
+            reference=reference,
+            mask=batch.mask,
+            unit=batch.unit,
+            role=batch.role,
+            stats=stats,
+            marks=batch.marks,
+            score=score,
+            facts=batch.facts,
+            sides=batch.sides,
         )
 
     @contextmanager

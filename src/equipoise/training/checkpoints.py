@@ -14,6 +14,18 @@ from equipoise.core.files import read_json, write_json
 COMPLETE = "complete.json"
 
 
+class SaveEvery(TrainerCallback):
+    """Asks for a checkpoint every so many steps, beside those the library makes: an epoch can take days."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The same step on every rank, so that all of them save."""
+        if state.global_step % self._steps == 0:
+            control.should_save = True
+
+
 class CompleteMark(TrainerCallback):
     """Marks a checkpoint complete after the Trainer has written all of it."""
 

@@ -8,7 +8,6 @@ this machine its matrix products and its other operations come.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from functools import cached_property
@@ -186,7 +185,7 @@ class Estimator:
         budget = self.budget()
         planner = self._planner(budget)
         epoch, settings = planner.steps_per_epoch, self.settings
-        total = settings.max_steps if settings.max_steps > 0 else math.ceil(epoch * settings.num_train_epochs)
+        total = settings.total_steps(epoch)
         looked = [planner.step(number) for number in range(min(total, epoch, STEPS_LOOKED_AT))]
         micro = [cut for step in looked for cut in step.ranks[0]]
         worst, least = max(micro, key=self._size), min(micro, key=self._size)
@@ -270,7 +269,7 @@ class Estimator:
         settings = self.settings
         return Planner(
             tuple(self.streams),
-            settings.per_device_train_batch_size * settings.gradient_accumulation_steps * self.world_size,
+            settings.batch_size(self.world_size),
             budget,
             seed=settings.seed,
             shuffle=settings.shuffle,

@@ -12,6 +12,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from equipoise.core.errors import UsageError
 from equipoise.core.files import file_fingerprint, fingerprint, read_json, write_json, write_jsonl
 from equipoise.core.prints import PromptPrints
-from equipoise.core.progress import bar, say
+from equipoise.core.progress import say
 from equipoise.core.runs import Run
 from equipoise.data.plan import Planner
 from equipoise.models._elementwise import kernels_for
@@ -30,23 +32,24 @@ from equipoise.models.batch import Form
 from equipoise.models.load import load_tokenizer
 from equipoise.models.logps import unwrapped
 from equipoise.objectives._base import Losses, Needs, Objective, Scored
-from equipoise.objectives._load import build, from_callable
+from equipoise.objectives._load import build, code_fingerprint, from_callable
 from equipoise.training._arguments import training_arguments
 from equipoise.training._heap import give_back_freed_memory, keep_freed_memory
 from equipoise.training._model import (
     autocast_for,
     load_policy,
-    make_trainable,
+    made_trainable,
     model_identity,
+    no_dropout,
 )
 from equipoise.training._preflight import check_recipe
 from equipoise.training._ranks import Ranks
 from equipoise.training._references import References, check_references, stored_tolerance
 from equipoise.training._rows import Rows, checked_streams, make_streams, shared_rows
 from equipoise.training._streams import Forward, Stream
-from equipoise.training.checkpoints import CompleteMark, newest_complete
+from equipoise.training.checkpoints import CompleteMark, SaveEvery, newest_complete
 from equipoise.training.estimate import for_this_machine
-from equipoise.training.settings import TrainSettings
+from equipoise.training.settings import NEUTRAL, TrainSettings
 from equipoise.training.sharding import check_accelerate, shard
 from equipoise.training.start_check import check_scores, choose_form
 from equipoise.training.trainer import LogLines, PreferenceTrainer, ProgressLine
@@ -110,15 +113,14 @@ def fit(
             if "file" in stream.objective:
                 names[f"objective {stream.name}"] = file_fingerprint(str(stream.objective["file"]))
         if objective is not None:
-            kind = type(objectives[0])
-            names["objective"] = f"{kind.__module__}.{kind.__qualname__} {getattr(objective, '__qualname__', '')} {objectives[0]!r}"
+            names["objective"] = f"{objectives[0]!r} {code_fingerprint(objective)}"
         return names
 
     def work(folder: Path) -> Mapping[str, Any]:
         train, dev = shared_rows(made[0] if made else None, folder / "rows", ranks)
         return _Fit(settings, folder, objectives, tokenizer, train, dev, callbacks, ranks).run(model)
 
-    return ranks.stage(settings.output_dir, "train", settings.resolved(), ranks.first(inputs), work, overwrite)
+    return ranks.stage(settings.output_dir, "train", settings.resolved(), ranks.first(inputs), work, overwrite, NEUTRAL)
 
 
 class _Fit:
@@ -138,7 +140,7 @@ class _Fit:
         self.settings, self.folder, self.tokenizer, self.callbacks, self.ranks = settings, folder, tokenizer, callbacks, ranks
         self.given, self.given_dev = train, dev
         self.streams = checked_streams(settings, objectives, train)
-        # Dev figures are told for all streams or for none: a step's loss is their weighted sum.
+        # Dev figures cover all streams or none: a step's loss is their weighted sum.
         self.dev: list[Stream] = []
         held_out = [rows for rows in dev if rows is not None]
         if len(held_out) == len(self.streams):
@@ -156,8 +158,12 @@ class _Fit:
         lengths = [stream.lengths for stream in self.streams]
         self.settings = for_this_machine(self.settings, lengths, self.readout, device.type, self.ranks, model)
         torch.manual_seed(self.settings.seed)
-        policy = load_policy(self.settings, self.readout, device) if model is None else model
-        policy, fresh = make_trainable(policy, self.settings, self.readout)
+        start = load_policy(self.settings, self.readout, device) if model is None else model
+        with made_trainable(start, self.settings, self.readout, given=model is not None) as (policy, fresh):
+            return self._train(policy, fresh, arguments, by_accelerate)
+
+    def _train(self, policy: Any, fresh: bool, arguments: TrainingArguments, by_accelerate: bool) -> Mapping[str, Any]:
+        device = arguments.device
         references = References(self.settings, [*self.streams, *self.dev], self._store_root(), self.ranks)
         references.identify(policy, fresh)
         if self.settings.fsdp and self.ranks.size > 1 and not by_accelerate:
@@ -180,7 +186,8 @@ class _Fit:
         if forward.form != "padded":
             unwrapped(policy).set_attn_implementation(NAME)
         try:
-            outcome = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+            with nullcontext() if self.settings.dropout else no_dropout(policy):
+                outcome = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
             final = trainer.evaluate() if self.dev else {}
         finally:
             if forward.form != "padded":
@@ -193,8 +200,7 @@ class _Fit:
         return {
             "model": "model",
             "steps": trainer.state.global_step,
-            # Between log lines the Trainer adds up its own rank's part only.
-            "train_loss": sum(self.ranks.gather(outcome.training_loss)) / self.ranks.size,
+            "train_loss": self._train_loss(trainer, outcome.training_loss, resume is not None),
             "dev": {name: value for name, value in final.items() if isinstance(value, float)},
             "form": forward.form,
             "token_budget": self.settings.token_budget,
@@ -202,6 +208,14 @@ class _Fit:
             "resumed_from": None if resume is None else resume.name,
             "cost": cost,
         }
+
+    def _train_loss(self, trainer: PreferenceTrainer, told: float, resumed: bool) -> float:
+        """The mean loss of all steps. After a resume the library knows only of those since; the log has the others."""
+        if not resumed:
+            return sum(self.ranks.gather(told)) / self.ranks.size  # between log lines it adds up its own rank's part only
+        lines = [(line["step"], line["loss"]) for line in trainer.state.log_history if "loss" in line]
+        steps = [after - before for (before, _), (after, _) in pairwise([(0, 0.0), *lines])]
+        return sum(count * loss for count, (_, loss) in zip(steps, lines, strict=True)) / max(1, sum(steps))
 
     def _write_provenance(self) -> None:
         if self.ranks.rank:
@@ -256,7 +270,7 @@ class _Fit:
         def settle() -> int:
             if resume is not None and path.is_file():
                 return int(read_json(path)["batch_size"])
-            size = self.settings.per_device_train_batch_size * self.settings.gradient_accumulation_steps * self.ranks.size
+            size = self.settings.batch_size(self.ranks.size)
             write_json(path, {"batch_size": size, "processes": self.ranks.size})
             return size
 
@@ -268,10 +282,7 @@ class _Fit:
         planner = self._planner(self.streams, forward, batch_size)
         self.ranks.agree("the plan of the steps", plan_fingerprint(planner))
         dev_planner = self._planner(self.dev, forward, batch_size) if self.dev else None
-        total = (
-            self.settings.max_steps if self.settings.max_steps > 0 else math.ceil(planner.steps_per_epoch * self.settings.num_train_epochs)
-        )
-        arguments.warmup_steps = math.ceil(total * self.settings.warmup_ratio)
+        arguments.warmup_steps = math.ceil(self.settings.total_steps(planner.steps_per_epoch) * self.settings.warmup_ratio)
         trainer = PreferenceTrainer(
             model=policy,
             args=arguments,
@@ -283,9 +294,10 @@ class _Fit:
             fsdp=self.settings.fsdp,
             callbacks=[
                 *references.callbacks(),
+                *([SaveEvery(self.settings.save_steps)] if self.settings.save_steps and self.settings.save_strategy != "no" else []),
                 CompleteMark(),
                 LogLines(self.folder / "log.jsonl"),
-                *([] if self.ranks.rank else [ProgressLine(bar, self.settings.streams[0].objective.get("name", "training"))]),
+                *([] if self.ranks.rank else [ProgressLine(self.settings.streams[0].objective.get("name", "training"))]),
                 *self.callbacks,
             ],
             processing_class=self.tokenizer,

@@ -35,7 +35,7 @@ class Machine:
         return self.peak("bfloat16" if bf16 and 2 * self.bfloat16 >= self.float32 else dtype)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data for the lock file."""
+        """As plain data."""
         return asdict(self)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -9,6 +10,19 @@ from pydantic import Field, model_validator
 from equipoise.core.errors import UsageError
 from equipoise.core.settings import Settings
 from equipoise.data.settings import DataSettings, TokeniseSettings
+
+NEUTRAL = (
+    "token_budget",
+    "gradient_checkpointing",
+    "torch_compile",
+    "logging_steps",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+    "reference_store",
+)
+"""Settings that change how a run computes and what it writes on the way, not what is trained: an interrupted run may go on with others."""
 
 
 class StreamSettings(Settings):
@@ -104,14 +118,25 @@ class TrainSettings(Settings):
     )
     dropout: bool = Field(default=False, description="keep the model's own dropout on (LoRA's is always its own)")
 
-    eval_on_dev: bool = Field(default=True, description="where the data names its train part, tell figures on its dev part while training")
+    eval_on_dev: bool = Field(default=True, description="where the data names its train part, evaluate on its dev part while training")
     eval_steps: int = Field(default=0, ge=0, description="steps between dev evaluations; 0: at the end of each epoch")
     logging_steps: int = Field(default=1, ge=1, description="steps between log lines")
     save_strategy: Literal["epoch", "steps", "no"] = Field(
-        default="epoch", description="when to write checkpoints; no: an interrupted run starts from the beginning"
+        default="epoch",
+        description="when to write checkpoints. epoch: at the end of each, and every save_steps; no: an interrupted run starts anew",
     )
-    save_steps: int = Field(default=0, ge=0, description="steps between checkpoints; 0: as save_strategy says")
+    save_steps: int = Field(default=500, ge=0, description="steps between checkpoints; 0: none but an epoch's")
     save_total_limit: int = Field(default=2, ge=2, description="checkpoints kept")
-    load_best_model_at_end: bool = Field(default=False, description="keep the checkpoint with the lowest dev loss (dev only, never test)")
+    load_best_model_at_end: bool = Field(
+        default=False, description="end with the weights of the lowest dev loss (dev only, never test); saves at every dev evaluation"
+    )
     report_to: str = Field(default="none", description="none, tensorboard, wandb, trackio")
     seed: int = Field(default=0, description="data order, LoRA initialisation, dropout")
+
+    def batch_size(self, processes: int = 1) -> int:
+        """Units of an optimizer step over all processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
+
+    def total_steps(self, an_epoch: int) -> int:
+        """Optimizer steps of the run, of a first stream that takes `an_epoch` of them."""
+        return self.max_steps if self.max_steps > 0 else math.ceil(an_epoch * self.num_train_epochs)

@@ -9,13 +9,14 @@ On failure the next simpler form is tried: packed, separate rows, padded plain r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 
-from equipoise.core.errors import NumericsError
+from equipoise.core.errors import NumericsError, UsageError
 from equipoise.core.progress import say
 from equipoise.data.rows import TokenRow
 from equipoise.models._elementwise import EAGER, Kernels
@@ -27,6 +28,7 @@ from equipoise.models.quantised import in_low_precision
 
 Tensor = torch.Tensor
 FLOAT32_TOLERANCE = 1e-4
+_POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings)$")
 FORMS: tuple[Form, ...] = ("packed", "separate", "padded")
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -57,6 +59,7 @@ def choose_form(
     Raises NumericsError where none agrees, or where the one form that was asked for does not.
     """
     register()
+    _check_positions(model, rows)
     with evaluating(model):
         probes = probe_rows(rows, _window(model))
         native = _native(model, probes, device, autocast)
@@ -67,7 +70,7 @@ def choose_form(
             tolerance = max(FLOAT32_TOLERANCE, *(2 * _typical(other, native) for other in _native_ways(model, probes, device, autocast)))
         report: dict[str, Any] = {"tolerance": tolerance, "rows": [row.id for row in probes], "tried": {}}
         for form in FORMS if wanted == "auto" else (wanted,):
-            if form == "packed" and max(len(row.branches) for row in rows) == 1:
+            if form == "packed" and wanted == "auto" and max(len(row.branches) for row in rows) == 1:
                 continue  # nothing to share: separate rows are the same thing
             difference, problem = _difference(model, probes, native, form, device, autocast, distance, kernels)
             report["tried"][form] = {"difference": difference, "problem": problem}
@@ -77,7 +80,10 @@ def choose_form(
             reason = problem or f"its log-probs are {difference:.2g} nats off (allowed {tolerance:.2g})"
             if wanted == "auto" and form != "padded":
                 say(f"start check: {_family(model)} cannot run {form} rows: {reason}; trying a simpler layout")
-        raise NumericsError(f"The start check failed for {_family(model)}: {report['tried']}. No layout gives the model's own log-probs.")
+        hint = _switching(model, rows)
+        raise NumericsError(
+            f"The start check failed for {_family(model)}: {report['tried']}. No layout gives the model's own log-probs.{hint}"
+        )
 
 
 def check_scores(model: Any, rows: Sequence[TokenRow], device: torch.device, autocast: Autocast = nullcontext) -> dict[str, Any]:
@@ -85,6 +91,7 @@ def check_scores(model: Any, rows: Sequence[TokenRow], device: torch.device, aut
 
     Raises NumericsError where padding changes a score (a missing pad token, a head that reads the wrong position).
     """
+    _check_positions(model, rows)
     with evaluating(model):
         probes = probe_rows(rows, None)
         with torch.no_grad(), autocast():
@@ -172,6 +179,33 @@ def _typical(one: Tensor, other: Tensor) -> float:
 
 def _reach(row: TokenRow) -> int:
     return len(row.prompt) + max(len(branch.ids) for branch in row.branches)
+
+
+def _check_positions(model: Any, rows: Sequence[TokenRow]) -> None:
+    """Raise UsageError where a row is longer than a table of learned positions, which would end in an index error."""
+    limit = getattr(unwrapped(model).config, "max_position_embeddings", None)
+    longest = max(map(_reach, rows))
+    if not limit or longest <= limit:
+        return
+    for name, module in unwrapped(model).named_modules():
+        if (
+            isinstance(module, torch.nn.Embedding)
+            and _POSITIONS.search(name)
+            and longest > module.num_embeddings - getattr(module, "offset", 0)
+        ):
+            raise UsageError(f"A row has {longest} tokens, and {_family(model)} knows {limit} positions: set tokenise.max_length={limit}.")
+
+
+def _switching(model: Any, rows: Sequence[TokenRow]) -> str:
+    """A way out for models whose rotary frequencies depend on the longest row of a batch, where rows lie on both sides of the limit."""
+    config = unwrapped(model).config
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rope.get("rope_type", rope.get("type"))
+    limit = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    limit = limit or config.max_position_embeddings if kind in ("longrope", "dynamic") else None
+    if not limit or not min(map(_reach, rows)) <= limit < max(map(_reach, rows)):
+        return ""
+    return f" Its positions ({kind} RoPE) change for all of a batch once a row has over {limit} tokens: set tokenise.max_length={limit}."
 
 
 def _window(model: Any) -> int | None:

@@ -7,7 +7,7 @@ DataLoader is not handed to accelerate: every rank has the same plan and takes i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from equipoise.core.errors import UsageError
 from equipoise.core.files import JsonlAppender, write_jsonl
-from equipoise.core.progress import Bar
+from equipoise.core.progress import Bar, bar
 from equipoise.data.plan import MicroBatch, Planner, Step
 from equipoise.models.layers import rounded_once
 from equipoise.reference.build import levelled
@@ -129,7 +129,7 @@ class PreferenceTrainer(ShardedCheckpoints):
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Counted per step in `cost`; the library's own estimate reads padded inputs, which there are none."""
+        """Counted per step in `cost`; the library's own estimate needs padded inputs, and there are none."""
         return 0
 
     # What the hooks use.
@@ -139,7 +139,7 @@ class PreferenceTrainer(ShardedCheckpoints):
         parts, counts = [], 0.0
         with torch.no_grad(), rounded_once(model, self.forward.device):
             for micro in levelled(self.dev_planner.all_rows(index, self.args.process_index), MicroBatch(index, (0,), idle=True)):
-                scored = detached(self.forward.scored(model, stream, micro.rows)[0])
+                scored = detached(self.forward.scored(model, stream, micro.rows))
                 if not micro.idle:
                     parts.append(scored)
                     counts += float(stream.counts[list(micro.rows)].sum())
@@ -204,14 +204,14 @@ class LogLines(TrainerCallback):
 class ProgressLine(TrainerCallback):
     """One progress bar over all steps, with the time left."""
 
-    def __init__(self, open_bar: Callable[[str, float | None], AbstractContextManager[Bar]], title: str) -> None:
-        self._open, self._title = open_bar, title
+    def __init__(self, title: str) -> None:
+        self._title = title
         self._context: AbstractContextManager[Bar] | None = None
         self._bar: Bar | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Open the bar; a resumed run starts where it stopped."""
-        self._context = self._open(self._title, state.max_steps)
+        self._context = bar(self._title, state.max_steps)
         self._bar = self._context.__enter__()
         self._bar.advance(state.global_step)
 
