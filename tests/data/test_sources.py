@@ -291,7 +291,6 @@ def test_a_system_turn_that_says_nothing_is_left_out() -> None:
     turns = [{"role": "system", "content": " "}, *TURNS]
     loaded = load(DataSettings(), [{"messages": turns}, {"messages": [{"role": "system", "content": "s"}, *TURNS]}])
     assert [[turn.role for turn in record.prompt] for record in loaded.records] == [["user"], ["system", "user"]]
-    assert load(DataSettings(system_prompt="t"), [{"messages": turns}]).records[0].prompt[0] == Message("system", "t")
 
 
 @pytest.mark.parametrize("value", [None, "", float("nan"), np.float32("nan"), "NaN"])

@@ -16,7 +16,6 @@ from equipoise.data._encode import Encoder
 from equipoise.data.load import load, source_fingerprint
 from equipoise.data.settings import DataSettings, TokeniseSettings
 from equipoise.data.verdicts import UNJUDGED, completions
-from equipoise.scorers._stage import read_verdicts
 
 ROWS = [
     {"id": "p", "prompt": "w1", "response_0": "w2 w3", "response_1": "w4", "better_response_id": 1, "safer_response_id": 0},
@@ -97,9 +96,8 @@ def test_a_rule_that_cannot_be_read_and_a_missing_file_are_refused(tmp_path: Pat
 )
 def test_a_row_that_is_no_verdict_is_named(tmp_path: Path, row: Any) -> None:
     write_jsonl(tmp_path / "bad.jsonl", [{"id": "p", "by": "cost", "value": None}, row])
-    for read in (lambda path: told(verdicts=[path]), read_verdicts):
-        with pytest.raises(DataError, match=r"bad\.jsonl, line 2: Not a verdict: .*Each line needs `id`, `by` and `value`"):
-            read(str(tmp_path / "bad.jsonl"))
+    with pytest.raises(DataError, match=r"bad\.jsonl, line 2: Not a verdict: .*Each line needs `id`, `by` and `value`"):
+        told(verdicts=[str(tmp_path / "bad.jsonl")])
     with pytest.raises(DataError, match=r"nothing\.jsonl does not exist"):
         source_fingerprint(DataSettings(verdicts=(str(tmp_path / "nothing.jsonl"),)), dataset=ROWS)
 

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 from pydantic import Field
 
 from equipoise.core.settings import Settings
-from equipoise.data.verdicts import verdict
 from equipoise.generation._base import Completion, chosen
 
 
@@ -31,11 +30,6 @@ class Verdict:
         """One line of `verdicts.jsonl`, and the detail where there is one."""
         row = {"id": self.id, "by": self.by, "value": self.value, "reason": self.reason}
         return row if self.detail is None else {**row, "detail": dict(self.detail)}
-
-    @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Verdict:
-        """Read back one line of `verdicts.jsonl`. Raises DataError naming the row."""
-        return cls(*verdict(row), row.get("reason", ""))
 
 
 class Scorer(Protocol):

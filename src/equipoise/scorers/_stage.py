@@ -10,13 +10,13 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, SerializeAsAny
 
 from equipoise.core.errors import DataError, UsageError
-from equipoise.core.files import JsonlAppender, file_fingerprint, read_jsonl, write_jsonl
+from equipoise.core.files import JsonlAppender, file_fingerprint, write_jsonl
 from equipoise.core.progress import bar
 from equipoise.core.runs import Run, run_stage
 from equipoise.core.settings import Settings
 from equipoise.generation._base import Completion
 from equipoise.generation._stage import read_completions
-from equipoise.scorers._base import RULES, Scorer, ScorerSettings, Verdict, chosen_scorer
+from equipoise.scorers._base import RULES, Scorer, ScorerSettings, chosen_scorer
 
 VERDICTS = "verdicts.jsonl"
 _PARTIAL = "partial"
@@ -54,11 +54,6 @@ def score(settings: ScoreSettings, overwrite: bool = False) -> Run:
         return _score_all(folder, settings.scorers, completions)
 
     return run_stage(settings.output_dir, "score", settings.resolved(), inputs, work, overwrite)
-
-
-def read_verdicts(path: str | Path) -> list[Verdict]:
-    """The verdicts of a `verdicts.jsonl` file, in order. Raises DataError with file and line."""
-    return read_jsonl(path, Verdict.from_json)
 
 
 def _score_all(folder: Path, scorers: Sequence[ScorerSettings], completions: Sequence[Completion]) -> Mapping[str, Any]:
