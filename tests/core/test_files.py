@@ -166,3 +166,18 @@ def test_file_fingerprint_of_a_folder_sees_names_and_contents_but_not_the_done_m
     assert files.file_fingerprint(tmp_path) != first
     # FIPS 180-2's example: SHA-256 of "abc".
     assert files.file_sha256(tmp_path / "b") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    with pytest.raises(DataError, match=r"nothing does not exist\.$"):
+        files.file_fingerprint(tmp_path / "nothing")
+
+
+def test_a_row_that_is_not_what_it_should_be_is_found_by_its_line(tmp_path):
+    def halved(row):
+        if row["n"] % 2:
+            raise DataError("Odd.")
+        return row["n"] // 2
+
+    files.write_text(tmp_path / "rows.jsonl", '{"n": 2}\n\n{"n": 4}\n')
+    assert files.read_jsonl(tmp_path / "rows.jsonl", halved) == [1, 2]
+    files.write_text(tmp_path / "rows.jsonl", '{"n": 2}\n\n{"n": 3}\n')
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 3: Odd\."):
+        files.read_jsonl(tmp_path / "rows.jsonl", halved)
