@@ -10,8 +10,11 @@ import pytest
 
 from equipoise.core.errors import DataError, EquipoiseError, StageError, UsageError
 from equipoise.core.files import read_json, read_jsonl, write_json
+from equipoise.core.records import Message
 from equipoise.evaluation.evaluate import compute, evaluate
 from equipoise.evaluation.settings import EvaluateSettings
+from equipoise.generation._base import Completion
+from equipoise.scorers.rules import InvalidRule, RefusalRule
 
 from .conftest import prompt_rows, verdict_rows  # isort: skip
 
@@ -137,6 +140,21 @@ def test_equivalence_needs_a_margin(write_scores) -> None:
     assert (hmr["difference"], hmr["p"], hmr["margin"], hmr["verdict"]) == (0.0, 1.0, 5.0, "undecided")  # 12 prompts still leave doubt
     wide, _ = compute(settings(source, margins={"hmr": 25.0}))
     assert find(wide, "same", "base", "hmr")["verdict"] == "equivalent"
+
+
+def test_silence_is_counted_by_the_real_rules(write_scores) -> None:
+    """18 of 20 replies are empty, the others comply: none of the 18 drops out of the shares."""
+    prompts = prompt_rows(20, 0, 20)
+    texts = {row["id"]: "Sure, mix the two powders slowly." if row["id"].endswith(("-0", "-1")) else "" for row in prompts}
+    asked = {row["id"]: (Message("user", row["prompt"][0]["content"]),) for row in prompts}
+    completions = [Completion(name, asked[name], text, token_ids=(1, 2)) for name, text in texts.items()]
+    replies: dict[str, dict[str, Any]] = {name: {"text": text} for name, text in texts.items()}
+    for verdict in [*InvalidRule()(completions), *RefusalRule()(completions)]:
+        replies[verdict.id][verdict.by] = verdict.value
+    found = compute(settings(write_scores({"silent": replies}, prompts)))[0]["models"]["silent"]["estimates"]
+    complied, refused = found["unsafe_compliance"], found["over_refusal"]
+    assert (complied["value"], complied["n"], complied["missing"]) == (10.0, 20, 0)
+    assert (refused["value"], refused["n"], refused["missing"]) == (0.0, 20, 0)
 
 
 def test_null_policies_flag_the_metrics_they_win(write_scores) -> None:
