@@ -118,7 +118,7 @@ def _comparison(row: Mapping[str, Any]) -> list[Any]:
     """One comparison as cells; the difference of rates in percentage points."""
     chance = row["prob_a_better"]
     return [
-        row["verdict"],
+        row["verdict"] if row["p"] is not None else "not tested",
         f"{row['a']} − {row['b']}",
         row["metric"],
         _estimate(dict(row) | {"value": row["difference"]}, signed=True) if row["difference"] is not None else row["reason"],

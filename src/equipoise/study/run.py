@@ -230,7 +230,10 @@ def _cost(arm: Arm, folder: Path, progress: _Progress, found: Sequence[Found]) -
 
 
 def _scores(settings: StudySettings, folder: Path, graph: Graph, done: list[Arm]) -> dict[str, Any]:
-    """`scores.json`: what the evaluation suite reads. Contrasts of failed arms are left to be reported as missing."""
+    """`scores.json`: what the evaluation suite reads.
+
+    Contrasts of failed arms stay in, without a p: they were named beforehand, so the others are corrected for them as well.
+    """
     judge = graph.judge[0] if graph.judge and graph.judge[0].kind == "train" else None
     held_out = next((node for node in graph.judge if node.kind == "held_out"), None)
     given = settings.judge.trained_on
@@ -256,8 +259,8 @@ def _scores(settings: StudySettings, folder: Path, graph: Graph, done: list[Arm]
             "held_out": _relative(held_out.folder(folder) / "held_out.json", folder) if held_out else None,
         },
         "policies_trained_on": [_relative(path, folder) for path in trained if path.is_file()],
-        "baseline": settings.evaluation.baseline,
-        "primary": [contrast.resolved() for contrast in settings.primary if {contrast.a, contrast.b} <= names],
+        "baseline": settings.evaluation.baseline if settings.evaluation.baseline in names else None,
+        "primary": [contrast.resolved() for contrast in settings.primary],
     }
 
 
