@@ -132,14 +132,45 @@ def test_a_primary_contrast_of_a_model_that_failed_stays_in_the_family(write_sco
 
 
 def test_equivalence_needs_a_margin(write_scores) -> None:
-    source = write_scores({"base": better_by(0.0), "same": better_by(0.0)})
+    near = table(lambda axis, n: plain(-4.0 + n % 4 + (0.05 if n % 3 else -0.1)))
+    source = write_scores({"base": better_by(0.0), "near": near})
     evaluation, _ = compute(settings(source, margins={"reward_helpful": 0.1}))
-    assert find(evaluation, "same", "base", "reward_helpful")["verdict"] == "equivalent"
-    assert find(evaluation, "same", "base", "reward_harmful")["verdict"] == "undecided"
-    hmr = find(evaluation, "same", "base", "hmr")
+    close = find(evaluation, "near", "base", "reward_helpful")
+    assert (close["difference"], close["verdict"]) == (0.0, "equivalent")
+    assert close["reason"] == "the 95 % interval lies inside ±0.1, the margin set beforehand"
+    assert find(evaluation, "near", "base", "reward_harmful")["verdict"] == "undecided"
+    source = write_scores({"base": better_by(0.0), "same": better_by(0.0)})
+    hmr = find(compute(settings(source))[0], "same", "base", "hmr")
     assert (hmr["difference"], hmr["p"], hmr["margin"], hmr["verdict"]) == (0.0, 1.0, 5.0, "undecided")  # 12 prompts still leave doubt
     wide, _ = compute(settings(source, margins={"hmr": 25.0}))
     assert find(wide, "same", "base", "hmr")["verdict"] == "equivalent"
+
+
+@pytest.mark.parametrize(("differ", "words"), [(0, "no prompt differs"), (1, "only 1 prompt differs"), (3, "only 3 prompts differ")])
+def test_means_are_not_equivalent_where_few_prompts_differ(write_scores, differ: int, words: str) -> None:
+    """60 prompts, almost all with the same reward: the bootstrap has hardly any width, and says nothing of how far the others may go."""
+    prompts = prompt_rows(60, 1, 1)
+    base = verdict_rows(prompts, lambda axis, n: plain(0.0))
+    other = verdict_rows(prompts, lambda axis, n: plain(0.05 if n < differ else (-1) ** n * 1e-7))
+    evaluation, _ = compute(settings(write_scores({"base": base, "other": other}, prompts), margins={"reward_harmful": 0.1}))
+    row = find(evaluation, "other", "base", "reward_harmful")
+    assert row["high"] < 0.01
+    assert row["verdict"] == "undecided"
+    assert f"{words}, too few to know the spread" in row["reason"]
+
+
+def test_confidence_is_told_and_may_not_make_equivalence_cheap(write_scores) -> None:
+    models = {"base": better_by(0.0), "near": table(lambda axis, n: plain(-4.0 + n % 4 + (0.05 if n % 3 else -0.1)))}
+    source = write_scores(models)
+    usual, _ = compute(settings(source))
+    loose, _ = compute(settings(source, confidence=0.9, margins={"reward_helpful": 0.1}))
+    assert (usual["confidence"], loose["confidence"]) == (0.95, 0.9)
+    row = find(loose, "near", "base", "reward_helpful")
+    assert row["reason"].startswith("the 90 % interval lies inside")
+    before = find(usual, "near", "base", "reward_helpful")["prob_a_better"]
+    assert before["low"] < row["prob_a_better"]["low"] < row["prob_a_better"]["high"] < before["high"]
+    with pytest.raises(ValueError, match="greater than or equal to"):
+        settings(source, confidence=0.5)
 
 
 def test_silence_is_counted_by_the_real_rules(write_scores) -> None:

@@ -160,6 +160,13 @@ def test_the_verdict_is_said_in_words(finished: Path) -> None:
     assert "HmR: the null policy refuse scores highest" in text
 
 
+def test_the_coverage_of_intervals_is_the_evaluations_own(study: Path) -> None:
+    change(study, "evaluation/evaluation.json", lambda value: value.update(confidence=0.9))
+    text = page_of(study).text
+    assert "90 % interval" in text
+    assert "95 % interval" not in text
+
+
 def test_a_contrast_without_a_p_was_not_tested(study: Path) -> None:
     def lose(value: Any) -> None:
         lost = {"p": None, "p_holm": None, "difference": None, "low": None, "high": None, "verdict": "undecided", "reason": "dpo is gone"}

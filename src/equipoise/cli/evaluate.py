@@ -68,7 +68,7 @@ def show(evaluation: Mapping[str, Any]) -> None:
             ]
             kinds = {name: " (null)" if evaluation["models"][name].get("kind") == "null" else "" for name in models}
             rows = [[name + kinds[name], *(_estimate(estimates.get(key)) for key in shown)] for name, estimates in models.items()]
-            table(f"{role.capitalize()} metrics, 95 % interval", columns, rows)
+            table(f"{role.capitalize()} metrics, {100 * evaluation.get('confidence', 0.95):g} % interval", columns, rows)
     _comparisons(evaluation["comparisons"])
     _judge(evaluation["judge"])
     for metric in metrics.values():

@@ -50,6 +50,7 @@ def analyse(source: Source, settings: EvaluateSettings) -> dict[str, Any]:
     return {
         "schema_version": 1,
         "baseline": table.baseline,
+        "confidence": settings.confidence,
         "headline": None if source.independence.withheld else _headline(compared, shown, table),
         "metrics": {name: _described(metric, flags[name], table) for name, metric in shown.items()},
         "models": {

@@ -140,7 +140,7 @@ def read_study(folder: str | Path) -> StudyFiles:
     stages = {
         path.name: _read_stage(reader, path) for path in sorted((folder / "stages").glob("*")) if path.is_dir() and path.name[:1] != "."
     }
-    confidence = mapping(reader.json("evaluation/settings.json")).get("confidence", 0.95)
+    confidence = evaluation.get("confidence", 0.95)
     coverage = f"{100 * confidence:g}\u00a0%" if isinstance(confidence, float) else "95\u00a0%"
     arms = _arms(runs, evaluation, replies, lock)
     return StudyFiles(
