@@ -182,7 +182,7 @@ def _prob_a_better(table: ScoreTable, metric: Metric, a: str, b: str, confidence
     """P(A better than B) by reward, ties half, averaged over the seeds of a prompt; Wilson's interval over prompts."""
     values: list[float | None] = []
     for pairs in table.pairs(metric.parts[0].axes, a, b):
-        outcomes = [outcome for outcome in (preferred(left, right) for left, right in pairs) if outcome is not None]
+        outcomes = [outcome for outcome in (preferred(left, right, table.passing) for left, right in pairs) if outcome is not None]
         values.append(sum(outcomes) / len(outcomes) if outcomes else None)
     return rate([np.nan if value is None else value for value in values], unit="", confidence=confidence)
 
