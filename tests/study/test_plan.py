@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from equipoise.core.errors import UsageError
+from equipoise.core.errors import StageError, UsageError
+from equipoise.core.files import file_fingerprint
 from equipoise.evaluation import power
 from equipoise.study._cost import forward_flops, parameters_of, readable, train_flops
 from equipoise.study._graph import build_graph
+from equipoise.study._lock import write_lock
 from equipoise.study._sizes import detectable_differences
 from equipoise.study.plan import check_budget, plan_study
 from equipoise.study.settings import StudySettings, bundled, load_study
@@ -159,6 +161,23 @@ def test_arms_that_are_not_trained_are_asked_once(values):
     assert [arm.name for arm in graph.arms].count("base") == 1
     assert [arm.name for arm in graph.arms].count("echo") == 1
     assert [arm.name for arm in graph.arms].count("dpo") == 3
+
+
+def test_an_edited_objective_file_is_another_stage_and_another_decision(values, tmp_path):
+    file, folder = tmp_path / "mine.py", tmp_path / "study"
+    file.write_text("# one loss", encoding="utf-8")
+    values["stages"]["dpo"]["objective"] = {"name": "mine", "file": str(file)}
+    study = make(values)
+    before, _ = build_graph(study), write_lock(folder, study, [], [], False)
+    assert write_lock(folder, study, [], [], False)["objective_files"] == {str(file): file_fingerprint(file)}
+    file.write_text("# another loss", encoding="utf-8")
+    after = build_graph(study)
+    keys = [{arm.name: arm.score.key for arm in graph.arms} for graph in (before, after)]
+    assert {name for name in keys[0] if keys[0][name] != keys[1][name]} == {"dpo", "sft_dpo"}
+    with pytest.raises(StageError, match="objective_files"):
+        write_lock(folder, study, [], [], False)
+    file.unlink()
+    assert build_graph(study).arms, "a plan needs no file"
 
 
 def test_a_named_stage_changes_in_every_arm_and_an_inline_one_in_its_own(values):
