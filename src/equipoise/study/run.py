@@ -79,6 +79,7 @@ def run_study(settings: StudySettings, folder: str | Path | None = None, overwri
     write_jsonl(folder / PROMPTS, rows)
     dev = search_prompts(settings, prompts)
     write_jsonl(folder / SEARCH_PROMPTS, [prompt.as_json() for prompt in dev])
+    (folder / SEARCH).unlink(missing_ok=True)  # an earlier decision's; this study's is written anew from its stages
     stages.keep_apart([*prompts, *dev])
     progress = _Progress(plan)
     for node in plan.graph.judge:
@@ -199,7 +200,9 @@ def _write_arms(folder: Path, graph: Graph, progress: _Progress, found: Sequence
                 "cost": _cost(arm, folder, progress, found),
             }
         )
-    write_json(folder / ARMS, {"schema_version": 1, "arms": rows})
+    # Stages of earlier decisions may stand beside these; a report must not take them for this study's.
+    stages = [node.folder(folder).name for node in graph.nodes()]
+    write_json(folder / ARMS, {"schema_version": 1, "arms": rows, "stages": stages})
 
 
 def _stage_row(node: Node, run: Run, folder: Path) -> dict[str, Any]:
