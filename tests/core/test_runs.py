@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -78,6 +80,29 @@ def test_an_interrupted_stage_is_not_done_and_resumes_in_its_folder(tmp_path):
     assert not is_done(tmp_path / "a")
     assert not run_stage(tmp_path / "a", "train", {"lr": 1}, {}, work).skipped
     assert seen == [[], ["part-1"]]
+    assert is_done(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["inputs.json", "settings.json", "environment.json"])
+def test_a_kill_while_the_folder_is_begun_can_be_resumed(tmp_path, monkeypatch, name):
+    """Killed while one of the first files is written: its temporary file and those before it are what is left."""
+
+    def killed(source, target):
+        if Path(target).name == name:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    replace = os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # kill -9 cleans nothing up
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(tmp_path / "a", "train", {"lr": 1}, {}, counted([]))
+    assert [item for item in (tmp_path / "a").iterdir() if item.name.endswith(".part")]
+    if name != "inputs.json":
+        with pytest.raises(StageError, match="other settings or inputs"):
+            run_stage(tmp_path / "a", "train", {"lr": 2}, {}, counted([]))
+    assert not run_stage(tmp_path / "a", "train", {"lr": 1}, {}, counted([])).skipped
     assert is_done(tmp_path / "a")
 
 

@@ -42,6 +42,11 @@ def atomic(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         raise
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether a file is what `atomic` leaves behind when it is killed while writing."""
+    return path.name.startswith(".") and path.name.endswith(".part")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a whole text file atomically."""
     with atomic(path) as stream:
