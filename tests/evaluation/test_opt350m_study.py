@@ -121,6 +121,7 @@ def write(folder: Path, harmful: Any, helpful: Any = None) -> str:
         ([ROW, ROW | {"label": "harmles"}], "row 1: unknown label 'harmles'. Did you mean 'harmless'"),
         ([ROW | {"rating": "high"}], "`rating` must be a number"),
         ([ROW | {"rating": True}], "`rating` must be a number"),
+        ([ROW, ROW | {"rating": float("inf")}], "row 1: `rating` must be a finite number"),
         ([ROW | {"response": None}], "must be text"),
     ],
 )

@@ -325,6 +325,15 @@ def test_a_bad_verdict_is_named(write_scores, verdict: dict, message: str) -> No
         compute(settings(write_scores({"base": table(lambda axis, n: verdict)})))
 
 
+@pytest.mark.parametrize("value", ["Infinity", "-1e999", "1" + "0" * 400])
+def test_a_verdict_without_bounds_is_named_with_its_row(write_scores, value: str) -> None:
+    source = write_scores({"base": table(lambda axis, n: {"reward": 1.0 if n == 2 else None})})
+    path = source.parent / "base-0/verdicts.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace("1.0", value), encoding="utf-8")
+    with pytest.raises(DataError, match=r"verdicts\.jsonl, row 3 \(harmful-2\): `value` must be a finite number or null"):
+        compute(settings(source))
+
+
 def test_completions_of_other_prompts_are_refused(write_scores) -> None:
     source = write_scores({"base": better_by(0.0)})
     rows = read_jsonl(source.parent / "prompts.jsonl")

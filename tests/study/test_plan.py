@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 
 from equipoise.core.errors import StageError, UsageError
-from equipoise.core.files import file_fingerprint
+from equipoise.core.files import file_fingerprint, write_jsonl
 from equipoise.evaluation import power
 from equipoise.study._cost import forward_flops, parameters_of, readable, train_flops
 from equipoise.study._graph import build_graph
 from equipoise.study._lock import write_lock
+from equipoise.study._prompts import study_prompts
 from equipoise.study._sizes import detectable_differences
 from equipoise.study.plan import check_budget, plan_study
 from equipoise.study.settings import StudySettings, bundled, load_study
 from equipoise.training.machine import Machine
+
+from .conftest import words
 
 MACHINE = Machine("cpu", float32=1e9, bfloat16=2e9)
 
@@ -188,6 +191,23 @@ def test_a_named_stage_changes_in_every_arm_and_an_inline_one_in_its_own(values)
     assert keys[0]["sft_dpo"][1] != keys[1]["sft_dpo"][1]
     inline = build_graph(make(values, "arms.sft=[{objective: sft, data: pairs}]"))
     assert next(arm for arm in inline.arms if arm.name == "sft").training[0].key == keys[0]["sft"][0]
+
+
+def test_prompts_that_share_an_id_get_ids_of_their_own(values, tmp_path):
+    rows = [{"id": name, "prompt": f"question {number} {words(number)}?"} for number, name in enumerate(["x", "x", "x", "0/x", "x"])]
+    write_jsonl(tmp_path / "asked.jsonl", rows)
+    values["evaluation"]["prompts"] = [{"source": str(tmp_path / "asked.jsonl"), "axis": "helpful"}]
+    assert [prompt.id for prompt in study_prompts(make(values))] == ["x", "0/x", "0/x/2", "0/0/x", "0/x/3"]
+    values["evaluation"]["prompts"][0]["limit"] = 2
+    assert len(study_prompts(make(values))) == 2
+
+
+def test_an_arm_named_like_a_null_policy_is_refused(values):
+    values["arms"]["echo"] = ["sft"]
+    with pytest.raises(UsageError, match=r"arms\.echo: a null policy has that name"):
+        make(values)
+    values["evaluation"]["null_policies"] = ["empty"]
+    assert "echo" in make(values).arms
 
 
 # ---- costs

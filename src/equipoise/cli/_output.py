@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
@@ -10,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from equipoise.core.files import json_text
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="override a setting: key.path=value (repeatable)")]
@@ -19,7 +20,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="start afresh where
 
 def emit_json(value: Mapping[str, Any]) -> None:
     """One JSON object on stdout, `schema_version` first."""
-    print(json.dumps({"schema_version": 1, **value}, indent=2, ensure_ascii=False, allow_nan=False, default=str))
+    print(json_text({"schema_version": 1, **value}, indent=2, default=str))
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

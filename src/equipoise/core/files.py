@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from equipoise.core.errors import DataError, EquipoiseError
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 @contextmanager
@@ -53,9 +56,18 @@ def write_text(path: str | Path, text: str) -> None:
         stream.write(text)
 
 
+def json_text(value: Any, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
+    """A value as JSON that can be encoded: half a surrogate pair, which foreign text may hold, is escaped and reads back as it was.
+
+    NaN is refused. default: what becomes of a value JSON has no word for; None: as our files write it.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False, default=default or _plain)
+    return _HALF.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write one JSON value atomically, indented, keys in the given order. NaN is refused."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
+    write_text(path, json_text(value, indent=2) + "\n")
 
 
 def read_json(path: str | Path) -> Any:
@@ -75,7 +87,7 @@ def write_jsonl(path: str | Path, rows: Iterable[Any]) -> int:
     count = 0
     with atomic(path) as stream:
         for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
+            stream.write(json_text(row) + "\n")
             count += 1
     return count
 
@@ -124,7 +136,7 @@ class JsonlAppender:
         """Append rows and flush them to disk."""
         try:
             for row in rows:
-                self._stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
+                self._stream.write(json_text(row) + "\n")
             self._stream.flush()
             os.fsync(self._stream.fileno())
         except OSError as error:

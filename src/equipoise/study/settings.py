@@ -244,6 +244,9 @@ class StudySettings(Settings):
             for arm in (contrast.a, contrast.b):
                 self._check_arm("primary", arm)
         self._check_arm("evaluation.baseline", self.evaluation.baseline)
+        for policy in self.evaluation.null_policies:
+            if policy in self.arms:
+                raise UsageError(f"arms.{policy}: a null policy has that name (evaluation.null_policies); call the arm something else.")
         if len(set(self.seeds)) != len(self.seeds):
             raise UsageError(f"seeds: {list(self.seeds)} names a seed twice.")
         return self
