@@ -202,6 +202,17 @@ def test_prompts_that_share_an_id_get_ids_of_their_own(values, tmp_path):
     assert len(study_prompts(make(values))) == 2
 
 
+def test_evaluation_settings_are_checked_before_anything_is_trained(values):
+    for wrong, message in (
+        ("evaluation.settings.confidence=0.5", "evaluation.settings: confidence"),
+        ("evaluation.settings.alhpa=0.1", "Did you mean 'alpha'"),
+        ("evaluation.margins.reward_harmfull=0.1", "evaluation.margins: no metric named 'reward_harmfull'.*'reward_harmful'"),
+        ("evaluation.margins.hmr=-1", "must be above 0"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            make(values, wrong)
+
+
 def test_an_arm_named_like_a_null_policy_is_refused(values):
     values["arms"]["echo"] = ["sft"]
     with pytest.raises(UsageError, match=r"arms\.echo: a null policy has that name"):

@@ -13,6 +13,7 @@ from equipoise.core.catalog import names
 from equipoise.core.errors import UsageError, nearest
 from equipoise.core.settings import Settings
 from equipoise.data.settings import DataSettings
+from equipoise.evaluation.settings import EvaluateSettings
 from equipoise.generation._base import Sampling
 from equipoise.training.settings import TrainSettings
 
@@ -238,6 +239,10 @@ class StudySettings(Settings):
             self._check_block(where, block)
         self._check_training("judge.training", self.judge.training)
         self._check_training("training", self.training)
+        asked = {"suite": self.evaluation.suite, "source": "", "margins": self.evaluation.margins, **self.evaluation.settings}
+        for name in EvaluateSettings.make(asked, source="evaluation.settings").margins:
+            if name not in names("evaluation.metrics"):
+                raise UsageError(f"evaluation.margins: no metric named {name!r}.{nearest(name, names('evaluation.metrics'))}")
         for contrast in self.primary:
             if contrast.metric not in names("evaluation.metrics"):
                 raise UsageError(f"primary: no metric named {contrast.metric!r}.{nearest(contrast.metric, names('evaluation.metrics'))}")
