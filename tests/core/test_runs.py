@@ -106,6 +106,29 @@ def test_a_kill_while_the_folder_is_begun_can_be_resumed(tmp_path, monkeypatch, 
     assert is_done(tmp_path / "a")
 
 
+def test_killed_while_it_is_emptied_a_folder_is_neither_done_nor_somebody_elses(tmp_path, monkeypatch):
+    run_stage(tmp_path / "a", "train", {"lr": 1}, {}, counted([]))
+    (tmp_path / "a" / "model").mkdir()
+    gone = []
+
+    def killed(path, missing_ok=False):
+        if len(gone) == 3:
+            raise KeyboardInterrupt
+        gone.append(path.name)
+        unlink(path, missing_ok=missing_ok)
+
+    unlink = Path.unlink
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(tmp_path / "a", "train", {"lr": 2}, {}, counted([]), overwrite=True)
+    assert gone[0] == "done.json"
+    assert (tmp_path / "a" / "inputs.json").is_file()
+    assert not run_stage(tmp_path / "a", "train", {"lr": 1}, {}, counted([])).skipped
+    assert not run_stage(tmp_path / "a", "train", {"lr": 3}, {}, counted([]), overwrite=True).skipped
+    assert not (tmp_path / "a" / "model").exists()
+
+
 def test_the_environment_tells_versions_and_no_names_or_paths(monkeypatch):
     monkeypatch.setenv("USER", "marie-curie")
     found = environment()

@@ -78,7 +78,7 @@ def run_stage(
                     f"{folder} holds the {header.get('kind', 'other')} stage of {_difference(folder, header, kind, settings, inputs)}. "
                     "Choose another output folder, or pass --overwrite to start afresh."
                 )
-            shutil.rmtree(folder)
+            _clear(folder)
         elif is_done(folder):
             done = read_json(folder / DONE)
             return Run(folder, done["results"], skipped=True, seconds=done["seconds"])
@@ -94,6 +94,16 @@ def run_stage(
     seconds = time.monotonic() - start
     write_json(folder / DONE, {"schema_version": SCHEMA_VERSION, "key": key, "seconds": round(seconds, 3), "results": results})
     return Run(folder, results, seconds=seconds)
+
+
+def _clear(folder: Path) -> None:
+    """Empty a stage's folder, the done mark first and inputs.json last: killed on the way, it is neither done nor somebody else's."""
+    (folder / DONE).unlink(missing_ok=True)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "inputs.json"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def environment() -> dict[str, Any]:
