@@ -80,6 +80,23 @@ def test_nan_never_reaches_a_json_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_half_a_surrogate_pair_is_written_and_reads_back_as_it_was(tmp_path):
+    """Foreign replies may hold it; other text stays readable in the file."""
+    row = {"id": "é", "text": "a \ud83d b \udc00 \U0001f600", "\udfff": ["\ud800"]}
+    files.write_json(tmp_path / "a.json", row)
+    assert files.read_json(tmp_path / "a.json") == row
+    files.write_jsonl(tmp_path / "a.jsonl", [row, {"id": 1}])
+    assert files.read_jsonl(tmp_path / "a.jsonl") == [row, {"id": 1}]
+    with files.JsonlAppender(tmp_path / "b.jsonl") as appender:
+        appender.add([row])
+    written = (tmp_path / "b.jsonl").read_text(encoding="utf-8")
+    assert "\\ud83d b" in written
+    assert "\U0001f600" in written
+    assert "é" in written
+    with files.JsonlAppender(tmp_path / "b.jsonl") as appender:
+        assert appender.rows == [row]
+
+
 def test_read_json_names_file_line_and_column(tmp_path):
     path = tmp_path / "bad.json"
     path.write_text('{"a": 1,\n "b": }')

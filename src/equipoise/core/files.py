@@ -14,6 +14,8 @@ from typing import IO, Any
 
 from equipoise.core.errors import DataError, EquipoiseError
 
+_HALF = re.compile("[\ud800-\udfff]")
+
 
 @contextmanager
 def atomic(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
@@ -43,15 +45,29 @@ def atomic(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         raise
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether a file is what `atomic` leaves behind when it is killed while writing."""
+    return path.name.startswith(".") and path.name.endswith(".part")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a whole text file atomically."""
     with atomic(path) as stream:
         stream.write(text)
 
 
+def json_text(value: Any, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
+    """A value as JSON that can be encoded: half a surrogate pair, which foreign text may hold, is escaped and reads back as it was.
+
+    NaN is refused. default: what becomes of a value JSON has no word for; None: as our files write it.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False, default=default or _plain)
+    return _HALF.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write one JSON value atomically, indented, keys in the given order. NaN is refused."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
+    write_text(path, json_text(value, indent=2) + "\n")
 
 
 def read_json(path: str | Path) -> Any:
@@ -71,7 +87,7 @@ def write_jsonl(path: str | Path, rows: Iterable[Any]) -> int:
     count = 0
     with atomic(path) as stream:
         for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
+            stream.write(json_text(row) + "\n")
             count += 1
     return count
 
@@ -125,7 +141,7 @@ class JsonlAppender:
         """Append rows and flush them to disk."""
         try:
             for row in rows:
-                self._stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
+                self._stream.write(json_text(row) + "\n")
             self._stream.flush()
             os.fsync(self._stream.fileno())
         except OSError as error:

@@ -79,6 +79,7 @@ def run_study(settings: StudySettings, folder: str | Path | None = None, overwri
     write_jsonl(folder / PROMPTS, rows)
     dev = search_prompts(settings, prompts)
     write_jsonl(folder / SEARCH_PROMPTS, [prompt.as_json() for prompt in dev])
+    (folder / SEARCH).unlink(missing_ok=True)  # an earlier decision's; this study's is written anew from its stages
     stages.keep_apart([*prompts, *dev])
     progress = _Progress(plan)
     for node in plan.graph.judge:
@@ -199,7 +200,9 @@ def _write_arms(folder: Path, graph: Graph, progress: _Progress, found: Sequence
                 "cost": _cost(arm, folder, progress, found),
             }
         )
-    write_json(folder / ARMS, {"schema_version": 1, "arms": rows})
+    # Stages of earlier decisions may stand beside these; a report must not take them for this study's.
+    stages = [node.folder(folder).name for node in graph.nodes()]
+    write_json(folder / ARMS, {"schema_version": 1, "arms": rows, "stages": stages})
 
 
 def _stage_row(node: Node, run: Run, folder: Path) -> dict[str, Any]:
@@ -230,7 +233,10 @@ def _cost(arm: Arm, folder: Path, progress: _Progress, found: Sequence[Found]) -
 
 
 def _scores(settings: StudySettings, folder: Path, graph: Graph, done: list[Arm]) -> dict[str, Any]:
-    """`scores.json`: what the evaluation suite reads. Contrasts of failed arms are left to be reported as missing."""
+    """`scores.json`: what the evaluation suite reads.
+
+    Contrasts of failed arms stay in, without a p: they were named beforehand, so the others are corrected for them as well.
+    """
     judge = graph.judge[0] if graph.judge and graph.judge[0].kind == "train" else None
     held_out = next((node for node in graph.judge if node.kind == "held_out"), None)
     given = settings.judge.trained_on
@@ -256,8 +262,8 @@ def _scores(settings: StudySettings, folder: Path, graph: Graph, done: list[Arm]
             "held_out": _relative(held_out.folder(folder) / "held_out.json", folder) if held_out else None,
         },
         "policies_trained_on": [_relative(path, folder) for path in trained if path.is_file()],
-        "baseline": settings.evaluation.baseline,
-        "primary": [contrast.resolved() for contrast in settings.primary if {contrast.a, contrast.b} <= names],
+        "baseline": settings.evaluation.baseline if settings.evaluation.baseline in names else None,
+        "primary": [contrast.resolved() for contrast in settings.primary],
     }
 
 
