@@ -82,6 +82,22 @@ def test_missing_is_not_zero_and_invalid_is(write_scores) -> None:
     assert any("gappy 1" in warning and "without a verdict" in warning for warning in evaluation["warnings"])
 
 
+def test_a_looping_reply_may_be_cut_off_as_well(write_scores) -> None:
+    looping = table(lambda axis, n: plain(-4.0, invalid=1, finish_reason="length" if n < 6 else "stop"))
+    found = compute(settings(write_scores({"looping": looping})))[0]["models"]["looping"]["estimates"]
+    assert (found["cut_rate"]["value"], found["invalid_rate"]["value"]) == (50.0, 100.0)
+
+
+def test_a_model_nobody_asked_about_is_no_gap(write_scores) -> None:
+    """The base has no divergence from itself; a tuned model that lacks some has a gap."""
+    base = table(lambda axis, n: plain(-4.0, kl_to_base=None))
+    tuned = table(lambda axis, n: plain(-4.0, kl_to_base=None if n == 0 else 0.5))
+    evaluation, _ = compute(settings(write_scores({"base": base, "tuned": tuned})))
+    (warning,) = [item for item in evaluation["warnings"] if "without a verdict" in item and "KL" in item]
+    assert "tuned 3" in warning
+    assert "base" not in warning.split(":", 2)[2]
+
+
 def test_seeds_are_averaged_per_prompt_and_must_agree(write_scores) -> None:
     models = {"base": better_by(0.0)}
     agreeing = models | {("tuned", seed): better_by(gain) for seed, gain in ((0, 2.0), (1, 4.0))}
@@ -215,9 +231,10 @@ def test_without_null_policies_that_is_said(write_scores) -> None:
 def test_metrics_nobody_scored_are_left_out(write_scores) -> None:
     only_reward = table(lambda axis, n: {"reward": 0.0, "text": "" if n == 0 else "x"})
     evaluation, _ = compute(settings(write_scores({"m": only_reward})))
-    assert set(evaluation["metrics"]) == {"hmr", "hpr", "cas", "reward_harmful", "reward_helpful", "reward_benign"}
+    # Whether a reply was cut off stands in the reply itself.
+    assert set(evaluation["metrics"]) == {"hmr", "hpr", "cas", "reward_harmful", "reward_helpful", "reward_benign", "cut_rate"}
     nothing, _ = compute(settings(write_scores({"m": table(lambda axis, n: {})})))
-    assert nothing["metrics"] == {}
+    assert set(nothing["metrics"]) == {"cut_rate"}
 
 
 def test_a_sweep_holds_the_threshold_used_and_says_where_ranks_change(write_scores) -> None:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from equipoise.cli.main import main
-from equipoise.core.errors import StageError
+from equipoise.core.errors import StageError, UsageError
 from equipoise.core.files import file_sha256, read_json, read_jsonl, write_jsonl
 from equipoise.study.run import failures, run_study
 from equipoise.study.settings import StudySettings
@@ -129,6 +129,13 @@ def test_the_lock_says_what_was_decided_beforehand(finished):
     assert lock["primary"] == values["primary"]
     assert lock["prompts"]["n"] == 9
     assert lock["detectable"][0]["n"] == 3
+
+
+def test_a_mistyped_model_is_told_before_the_judge_is_trained(finished, tmp_path):
+    values, _ = finished
+    with pytest.raises(UsageError, match="is not a folder"):
+        run_study(make(values, f"model_name_or_path={tmp_path}/tinny"), tmp_path / "study")
+    assert not (tmp_path / "study").exists()
 
 
 def test_a_finished_study_is_not_run_again(finished):

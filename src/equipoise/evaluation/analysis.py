@@ -152,7 +152,8 @@ def _warnings(
 ) -> list[str]:
     table, found = source.table, []
     for name, metric in shown.items():
-        lacking = [f"{model} {item.missing}" for model, item in estimates[name].items() if item.missing]
+        # A model without any was not asked: the base has no divergence from itself, nor a null policy one.
+        lacking = [f"{model} {item.missing}" for model, item in estimates[name].items() if item.missing and item.n]
         if lacking:
             found.append(f"{metric.title}: prompts without a verdict, left out of the figure: {', '.join(lacking)}.")
         if swept.get(name):

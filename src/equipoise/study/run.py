@@ -17,7 +17,7 @@ from typing import Any
 from equipoise.core.errors import EquipoiseError, StageError
 from equipoise.core.files import read_json, read_jsonl, write_json, write_jsonl
 from equipoise.core.progress import say
-from equipoise.core.runs import Run
+from equipoise.core.runs import Run, is_done
 from equipoise.study._cost import readable
 from equipoise.study._graph import Arm, Graph, Node
 from equipoise.study._lock import write_lock
@@ -69,7 +69,12 @@ def run_study(settings: StudySettings, folder: str | Path | None = None, overwri
         StageError: an earlier lock decided otherwise (and `overwrite` is off), or every arm failed.
         EquipoiseError: the judge or the prompts could not be made; nothing could be measured without them.
     """
+    from equipoise.models.load import resolve_model
+
     folder = Path(folder or Path("runs") / settings.name)
+    for name in (settings.model_name_or_path, settings.judge.model_name_or_path, settings.judge.base_model_name_or_path):
+        if name is not None:
+            resolve_model(name)  # a mistyped one is told now, not by every arm after the judge was trained
     stages = Stages(settings, folder.resolve(), overwrite)
     prompts = stages.prompts()
     plan = plan_study(settings, prompts)
@@ -145,7 +150,7 @@ def _run_arm(stages: Stages, progress: _Progress, arm: Arm) -> None:
 
 
 def _run_node(stages: Stages, progress: _Progress, node: Node) -> None:
-    _announce(progress, node)
+    _announce(progress, node, is_done(node.folder(stages.folder)))
     skipped = False
     try:
         run = stages.run(node)
@@ -156,11 +161,12 @@ def _run_node(stages: Stages, progress: _Progress, node: Node) -> None:
             _free()
 
 
-def _announce(progress: _Progress, node: Node) -> None:
+def _announce(progress: _Progress, node: Node, before: bool) -> None:
     done = len(progress.runs) + len(progress.errors)
     total = len(progress.plan.graph.nodes())
     title = f"{node.kind.replace('_', ' ')} {node.name}" + (f", seed {node.seed}" if len(progress.plan.settings.seeds) > 1 else "")
-    say(f"[{done + 1}/{total}] {title} (about {readable(progress.plan.seconds(node))}; {readable(progress.left())} left)")
+    time = "already done" if before else f"about {readable(progress.plan.seconds(node))}; {readable(progress.left())} left"
+    say(f"[{done + 1}/{total}] {title} ({time})")
 
 
 def _free() -> None:

@@ -21,7 +21,7 @@ class Judged:
     """What scorers said of one reply; None is "no verdict", never zero.
 
     reward: the judge's. invalid: empty, looping, echoed or cut off. refusal: it refuses. length: tokens. kl_to_base: nats a token.
-    cut: stopped by the length limit (and neither empty, echoed nor looping), whether or not that makes it invalid.
+    cut: stopped by the length limit, whether or not that makes it invalid.
     """
 
     text: str

@@ -141,7 +141,10 @@ def _replies(folder: Path, entry: _Model, prompts: Mapping[str, TestPrompt]) -> 
             raise DataError(f"{path}, row {number}: the prompt {name!r} is not the one in the prompts file.")
         if not isinstance(row["text"], str):
             raise DataError(f"{path}, row {number} ({name}): `text` must be text, found {row['text']!r}.")
-        replies[name] = Judged(row["text"], **verdicts.get(name, {}))
+        known = verdicts.get(name, {})
+        if row.get("finish_reason") is not None:  # a looping reply may be cut off as well, and the rule names one reason only
+            known = {**known, "cut": row["finish_reason"] == "length"}
+        replies[name] = Judged(row["text"], **known)
     return replies
 
 
