@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from equipoise.cli.main import main
+from equipoise.core.files import write_jsonl
 
 
 def test_inspect_accounts_for_all_1800_rows(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,3 +67,10 @@ def test_prepare_writes_rows_with_a_local_tokenizer(tmp_path: Path, capsys: pyte
     assert "other settings or inputs (tokenise)" in capsys.readouterr().err
     assert main(["data", "inspect", "starter", "-m", str(tmp_path / "model"), "--samples", "0"]) == 0
     assert "Accounting of tokenising (chosen, rejected" in " ".join(capsys.readouterr().out.split())
+    one_prompt = tmp_path / "labelled.jsonl"
+    write_jsonl(one_prompt, [{"prompt": "the", "completion": text, "label": text == "you"} for text in ("you", "a")])
+    assert main(["data", "inspect", str(one_prompt), "-m", str(tmp_path / "model")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "2 records in the format labelled" in shown
+    assert "Tokenising for sample, mismatched: KTO needs replies to other prompts" in shown
+    assert "[sample, label True] you" in shown

@@ -40,6 +40,7 @@ def test_tables_for_people(released: str, capsys: pytest.CaptureFixture[str], mo
     assert main(["evaluate", "--suite", "opt350m_study", "--from", released, *QUICK]) == 0
     out = capsys.readouterr().out
     for words in (
+        "Headline metrics, 95 % interval",
         "HmR, %",
         "100.0 (61.0 to 100.0)",
         "sft_dpo − base",
@@ -48,6 +49,13 @@ def test_tables_for_people(released: str, capsys: pytest.CaptureFixture[str], mo
         "warning: ",
     ):
         assert words in out
+
+
+def test_the_tables_name_the_coverage_asked_for(released: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--suite", "opt350m_study", "--from", released, "--set", "confidence=0.99", *QUICK]) == 0
+    out = capsys.readouterr().out
+    assert "Reproduction metrics, 99 % interval" in out
+    assert "95 %" not in out
 
 
 def test_an_output_folder_keeps_the_result(released: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,6 +80,23 @@ def test_nan_never_reaches_a_json_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_half_a_surrogate_pair_is_written_and_reads_back_as_it_was(tmp_path):
+    """Foreign replies may hold it; other text stays readable in the file."""
+    row = {"id": "é", "text": "a \ud83d b \udc00 \U0001f600", "\udfff": ["\ud800"]}
+    files.write_json(tmp_path / "a.json", row)
+    assert files.read_json(tmp_path / "a.json") == row
+    files.write_jsonl(tmp_path / "a.jsonl", [row, {"id": 1}])
+    assert files.read_jsonl(tmp_path / "a.jsonl") == [row, {"id": 1}]
+    with files.JsonlAppender(tmp_path / "b.jsonl") as appender:
+        appender.add([row])
+    written = (tmp_path / "b.jsonl").read_text(encoding="utf-8")
+    assert "\\ud83d b" in written
+    assert "\U0001f600" in written
+    assert "é" in written
+    with files.JsonlAppender(tmp_path / "b.jsonl") as appender:
+        assert appender.rows == [row]
+
+
 def test_read_json_names_file_line_and_column(tmp_path):
     path = tmp_path / "bad.json"
     path.write_text('{"a": 1,\n "b": }')
@@ -166,3 +183,18 @@ def test_file_fingerprint_of_a_folder_sees_names_and_contents_but_not_the_done_m
     assert files.file_fingerprint(tmp_path) != first
     # FIPS 180-2's example: SHA-256 of "abc".
     assert files.file_sha256(tmp_path / "b") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    with pytest.raises(DataError, match=r"nothing does not exist\.$"):
+        files.file_fingerprint(tmp_path / "nothing")
+
+
+def test_a_row_that_is_not_what_it_should_be_is_found_by_its_line(tmp_path):
+    def halved(row):
+        if row["n"] % 2:
+            raise DataError("Odd.")
+        return row["n"] // 2
+
+    files.write_text(tmp_path / "rows.jsonl", '{"n": 2}\n\n{"n": 4}\n')
+    assert files.read_jsonl(tmp_path / "rows.jsonl", halved) == [1, 2]
+    files.write_text(tmp_path / "rows.jsonl", '{"n": 2}\n\n{"n": 3}\n')
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 3: Odd\."):
+        files.read_jsonl(tmp_path / "rows.jsonl", halved)

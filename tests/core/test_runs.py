@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -79,6 +81,52 @@ def test_an_interrupted_stage_is_not_done_and_resumes_in_its_folder(tmp_path):
     assert not run_stage(tmp_path / "a", "train", {"lr": 1}, {}, work).skipped
     assert seen == [[], ["part-1"]]
     assert is_done(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["inputs.json", "settings.json", "environment.json"])
+def test_a_kill_while_the_folder_is_begun_can_be_resumed(tmp_path, monkeypatch, name):
+    """Killed while one of the first files is written: its temporary file and those before it are what is left."""
+
+    def killed(source, target):
+        if Path(target).name == name:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    replace = os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # kill -9 cleans nothing up
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(tmp_path / "a", "train", {"lr": 1}, {}, counted([]))
+    assert [item for item in (tmp_path / "a").iterdir() if item.name.endswith(".part")]
+    if name != "inputs.json":
+        with pytest.raises(StageError, match="other settings or inputs"):
+            run_stage(tmp_path / "a", "train", {"lr": 2}, {}, counted([]))
+    assert not run_stage(tmp_path / "a", "train", {"lr": 1}, {}, counted([])).skipped
+    assert is_done(tmp_path / "a")
+
+
+def test_killed_while_it_is_emptied_a_folder_is_neither_done_nor_somebody_elses(tmp_path, monkeypatch):
+    run_stage(tmp_path / "a", "train", {"lr": 1}, {}, counted([]))
+    (tmp_path / "a" / "model").mkdir()
+    gone = []
+
+    def killed(path, missing_ok=False):
+        if len(gone) == 3:
+            raise KeyboardInterrupt
+        gone.append(path.name)
+        unlink(path, missing_ok=missing_ok)
+
+    unlink = Path.unlink
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(tmp_path / "a", "train", {"lr": 2}, {}, counted([]), overwrite=True)
+    assert gone[0] == "done.json"
+    assert (tmp_path / "a" / "inputs.json").is_file()
+    assert not run_stage(tmp_path / "a", "train", {"lr": 1}, {}, counted([])).skipped
+    assert not run_stage(tmp_path / "a", "train", {"lr": 3}, {}, counted([]), overwrite=True).skipped
+    assert not (tmp_path / "a" / "model").exists()
 
 
 def test_the_environment_tells_versions_and_no_names_or_paths(monkeypatch):

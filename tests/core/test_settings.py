@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import pytest
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from equipoise.core.errors import UsageError
 from equipoise.core.settings import Settings, apply_overrides, number, read_yaml
@@ -158,6 +158,24 @@ def test_yaml_errors_name_file_and_line(tmp_path):
         read_yaml(path)
     with pytest.raises(UsageError, match="does not exist"):
         read_yaml(tmp_path / "none.yaml")
+
+
+def test_what_a_validator_of_several_settings_says_names_the_file_too(tmp_path):
+    class Checked(Inner):
+        @model_validator(mode="after")
+        def _together(self) -> Self:
+            raise UsageError("beta: does not go with gamma.")
+
+    class Around(Settings):
+        inner: Checked | None = None
+
+    path = tmp_path / "s.yaml"
+    path.write_text("inner: {}\n")
+    with pytest.raises(UsageError, match=r"^beta: does not go with gamma\.$"):
+        Around.make({"inner": {}})
+    with pytest.raises(UsageError) as caught:
+        Around.from_yaml(path)
+    assert str(caught.value) == f"{path}: beta: does not go with gamma."
 
 
 def test_yaml_is_data_only(tmp_path):

@@ -34,6 +34,17 @@ def test_roles_are_parsed_and_blank_lines_belong_to_their_turn() -> None:
     assert parse("no marker at all") is None
 
 
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_lines_may_end_as_elsewhere(end: str) -> None:
+    text = "\n\nHuman: A list?\n- one\n\nAssistant: yo\n\nyes\n\nHuman: more\n\nAssistant:"
+    assert parse_prompt(text.replace("\n", end)) == parse_prompt(text)
+    assert len(parse_prompt(text)) == 3
+    loaded = pairs(("Human: q\n\nAssistant: a".replace("\n", end), "Human: q\n\nAssistant: b"))
+    assert [reply.text for reply in loaded.records[1].replies] == ["a", "b"]
+    # A prompt that is no transcript stays as it is.
+    assert parse_prompt("a\r\nb") == (Message("user", "a\r\nb"),)
+
+
 def test_replies_with_a_common_beginning_are_not_cut() -> None:
     loaded = pairs(("\n\nHuman: q\n\nAssistant: I think\n\nso.", "\n\nHuman: q\n\nAssistant: I think\n\nnot."))
     assert [reply.text for reply in loaded.records[1].replies] == ["I think\n\nso.", "I think\n\nnot."]

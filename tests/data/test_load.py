@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -155,3 +157,18 @@ def test_an_accounting_that_does_not_add_up_is_a_bug() -> None:
     for number in range(8):
         accounting.drop("why", f"r{number}")
     assert (accounting.dropped["why"].count, accounting.dropped["why"].rows) == (8, ["r0", "r1", "r2", "r3", "r4"])
+
+
+def test_values_that_json_does_not_know_count_in_the_fingerprint() -> None:
+    class Picture:
+        pass
+
+    def print_of(value: Any) -> str:
+        return source_fingerprint(DataSettings(), [row("a") | {"extra": [value]}])["data"]
+
+    first, other = datetime(2024, 1, 1, tzinfo=UTC), datetime(2024, 1, 2, tzinfo=UTC)
+    assert print_of(first) == print_of(datetime(2024, 1, 1, tzinfo=UTC)) != print_of(other)
+    assert print_of(b"xx") == print_of(b"xx") != print_of(b"xy")
+    assert print_of(np.datetime64("2024-01-01", "s")) != print_of(np.datetime64("2024-01-02", "s"))
+    assert print_of(Picture()) == print_of(Picture()), "an address is no content"
+    assert len(load(DataSettings(), [row("a") | {"extra": first}]).records) == 1

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,14 @@ def test_a_stage_folder_holds_rows_accounting_and_prints(source: Path, tmp_path:
     assert len(prints) == len(rows)
     assert not (tmp_path / "out" / "shards").exists()
     assert prepare(asked(source, tmp_path / "out", max_length=12), word_tokenizer()).skipped
+
+
+def test_rows_in_memory_may_hold_anything_and_come_once(tmp_path: Path, word_tokenizer: Make) -> None:
+    rows = [{"prompt": f"w{at}", "chosen": "w1", "rejected": "w2", "made": datetime(2024, 1, 1 + at)} for at in range(5)]
+    settings = PrepareSettings(output_dir=str(tmp_path / "out"))
+    run = prepare(settings, word_tokenizer(), dataset=(row for row in rows))
+    assert (run.results["rows"], run.skipped) == (5, False)
+    assert prepare(settings, word_tokenizer(), dataset=rows).skipped
 
 
 def test_other_settings_tokenizers_or_data_are_other_work(source: Path, tmp_path: Path, word_tokenizer: Make) -> None:

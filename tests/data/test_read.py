@@ -16,6 +16,7 @@ import pytest
 from equipoise.core.errors import DataError, UsageError
 from equipoise.data._read import read
 from equipoise.data.load import load
+from equipoise.data.prompts import other_prompts
 from equipoise.data.settings import DataSettings
 
 PAIRS = [{"prompt": "a\u00e9?", "chosen": "yes\n\nindeed", "rejected": "no"}, {"prompt": "b?", "chosen": "1", "rejected": "2"}]
@@ -65,12 +66,35 @@ def test_a_folder_gives_its_files_in_order_and_one_split_where_asked(tmp_path: P
     write(tmp_path / "train-0.jsonl", PAIRS[:1])
     write(tmp_path / "test" / "0.jsonl", PAIRS[1:])
     (tmp_path / ".hidden.jsonl").write_text("not data")
-    assert rows(tmp_path) == [PAIRS[1], PAIRS[0]]
+    assert rows(tmp_path, dataset_split="all") == [PAIRS[1], PAIRS[0]]
+    assert rows(tmp_path) == [PAIRS[0]], "as from the hub"
     assert rows(tmp_path, dataset_split="test") == [PAIRS[1]]
     assert rows(tmp_path, dataset_split="train") == [PAIRS[0]]
     with pytest.raises(DataError, match="no file of split 'dev'"):
         rows(tmp_path, dataset_split="dev")
-    assert [record.id for record in load(DataSettings(dataset_name=str(tmp_path))).records] == ["test/0:1", "train-0:1"]
+    whole = DataSettings(dataset_name=str(tmp_path), dataset_split="all")
+    assert [record.id for record in load(whole).records] == ["test/0:1", "train-0:1"]
+
+
+@pytest.mark.parametrize(
+    ("names", "read"),
+    [
+        (["helpful/train.jsonl.gz", "helpful/test.jsonl.gz"], ["helpful/train.jsonl.gz"]),
+        (["data/train-00000-of-00001.jsonl", "data/validation-00000-of-00001.jsonl"], ["data/train-00000-of-00001.jsonl"]),
+        (["en/Train/0.jsonl", "en/dev/0.jsonl"], ["en/Train/0.jsonl"]),
+        (["train_a.jsonl", "valid_a.jsonl", "notes.jsonl"], ["train_a.jsonl"]),
+        (["train.jsonl", "notes.jsonl"], ["notes.jsonl", "train.jsonl"]),
+        (["test.jsonl", "dev.jsonl"], ["dev.jsonl", "test.jsonl"]),
+        (["train.jsonl", "testimonials.jsonl", "development.jsonl"], ["development.jsonl", "testimonials.jsonl", "train.jsonl"]),
+        (["pairs.jsonl", "more/pairs.jsonl"], ["more/pairs.jsonl", "pairs.jsonl"]),
+    ],
+)
+def test_a_folder_of_several_splits_gives_train_by_default(tmp_path: Path, names: list[str], read: list[str]) -> None:
+    for name in names:
+        write(tmp_path / name, [{"prompt": name, "chosen": "c", "rejected": "r"}])
+    assert [row["prompt"] for row in rows(tmp_path)] == read
+    # What is kept apart is kept apart from all of it.
+    assert len(other_prompts(str(tmp_path))) == len(names)
 
 
 def test_data_sets_in_memory_and_saved_to_disk(tmp_path: Path) -> None:
@@ -82,6 +106,7 @@ def test_data_sets_in_memory_and_saved_to_disk(tmp_path: Path) -> None:
     assert rows(tmp_path / "saved") == PAIRS
     splits = datasets.DatasetDict({"train": made, "test": made.select([1])})
     assert len(load(DataSettings(dataset_split="test"), dataset=splits).records) == 1
+    assert len(load(DataSettings(dataset_split="all"), dataset=splits).records) == 3
     with pytest.raises(DataError, match=r"no split 'tets'. Did you mean 'test'"):
         load(DataSettings(dataset_split="tets"), dataset=splits)
     with pytest.raises(UsageError, match="found a number"):
@@ -121,6 +146,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
         ("x.jsonl", GOOD + b"\0\0\0\0\n", r"line 2.*not valid JSON.*NUL bytes"),
         ("x.jsonl", GOOD + b"[1, 2]\n", r"line 2: expected an object with named columns, found a list"),
         ("x.jsonl", b'{"prompt": ' + b"[" * 200_000 + b"\n", r"line 1: JSON nested too deeply|line 1, column"),
+        ("x.jsonl", b'{"prompt": ' + b"1" * 5000 + b"}\n", r"line 1: a number too long to read"),
         ("x.jsonl", b"\n\n", r"holds no rows"),
         ("x.jsonl", b"", r"holds no rows"),
         ("x.json", b"[]", r"holds no rows"),
@@ -131,7 +157,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
         ("x.jsonl.gz", b"not gzip", r"not a whole gzip file"),
         ("x.jsonl.gz", gzip.compress(GOOD * 500)[:-20], r"not a whole gzip file"),
         ("x.csv", b"prompt,chosen,rejected\np,c,r,too,many\n", r"line 2: more cells than the 3 column names"),
-        ("x.csv", b"prompt,chosen,rejected\np,c,\xff\n", r"not valid UTF-8"),
+        ("x.csv", b"prompt,chosen,rejected\n" + b"p,c,r\n" * 5000 + b"p,c,\xff\n", r"x\.csv, line 5002, byte 30028: not valid UTF-8"),
         ("x.csv", b'prompt,chosen,rejected\np,"c,r\n', r"not valid CSV"),
         ("x.csv", b"prompt,chosen,rejected\n", r"holds no rows"),
         ("x.parquet", b"PAR1nonsense", r"not a valid Parquet file"),
@@ -166,6 +192,22 @@ def test_columns_are_renamed_before_reading(tmp_path: Path) -> None:
     assert load(settings).records[0].reply("rejected").text == "b"  # type: ignore[union-attr]
     with pytest.raises(DataError, match=r"no column 'qestion' to rename. Did you mean 'question'"):
         load(settings.model_copy(update={"columns": {"qestion": "prompt"}}))
+
+
+@pytest.mark.parametrize("order", [("question", "prompt"), ("prompt", "question")])
+def test_a_renamed_column_takes_the_place_of_one_already_called_so(order: tuple[str, str]) -> None:
+    row = {name: name for name in order} | {"completion": "c"}
+    (read_row,) = read(DataSettings(columns={"question": "prompt"}), [row])
+    assert read_row.values == {"prompt": "question", "completion": "c"}
+    (swapped,) = read(DataSettings(columns={"question": "prompt", "prompt": "question"}), [row])
+    assert swapped.values == {"prompt": "question", "question": "prompt", "completion": "c"}
+    with pytest.raises(UsageError, match="question and text to one prompt"):
+        DataSettings.make({"columns": {"question": "prompt", "text": "prompt"}})
+
+
+def test_a_renamed_column_may_be_absent_from_some_rows(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", [{"prompt": "p", "completion": "c"}, {"prompt": "p", "answer": "d"}])
+    assert [row["completion"] for row in rows(path, columns={"answer": "completion"})] == ["c", "d"]
 
 
 def test_a_megabyte_in_one_cell_is_read(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from equipoise.core import catalog
@@ -288,3 +289,15 @@ def test_the_demos_and_the_judged_pairs_are_read_whole(shared_data: Path) -> Non
     judged = load(DataSettings(dataset_name=str(shared_data / "alpaca-eval" / "annotations" / "gemma-2b-it.jsonl.gz")))
     assert (judged.accounting.rows_in, judged.accounting.kept) == (805, 783)
     assert judged.accounting.dropped["empty reply"].count == 22
+
+
+def test_a_system_turn_that_says_nothing_is_left_out() -> None:
+    turns = [{"role": "system", "content": " "}, *TURNS]
+    loaded = load(DataSettings(), [{"messages": turns}, {"messages": [{"role": "system", "content": "s"}, *TURNS]}])
+    assert [[turn.role for turn in record.prompt] for record in loaded.records] == [["user"], ["system", "user"]]
+
+
+@pytest.mark.parametrize("value", [None, "", float("nan"), np.float32("nan"), "NaN"])
+def test_a_flag_may_be_missing_in_many_ways(value: Any) -> None:
+    loaded = load(DataSettings(), [SAMPLES["preference"] | {"chosen_safe": value, "rejected_safe": np.True_}])
+    assert [reply.safe for reply in loaded.records[0].replies] == [None, True]

@@ -236,6 +236,11 @@ def test_prompts_for_generation_leave_room_and_say_when_they_cannot(word_tokeniz
     assert prompt_ids(conversation, tokenizer, settings).dtype == np.int32
     with pytest.raises(DataError, match="does not fit into 3 tokens"):
         prompt_ids(conversation, tokenizer, settings, room=17)
+    both = [turns("w1"), (Message("system", words(30, 9)), *turns("w2"))]
+    with pytest.raises(DataError, match=r"^Prompt 2 \('w2'\) cannot be used: it does not fit into 6 tokens"):
+        prompts_ids(both, tokenizer, settings, room=14)
+    with pytest.raises(DataError, match=r"^Prompt 'long' "):
+        prompts_ids(both, tokenizer, settings, room=14, names=["short", "long"])
 
 
 def test_a_megabyte_of_prompt_or_reply(word_tokenizer: Make) -> None:

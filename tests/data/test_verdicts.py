@@ -89,6 +89,18 @@ def test_a_rule_that_cannot_be_read_and_a_missing_file_are_refused(tmp_path: Pat
         told(verdicts=[str(tmp_path / "nothing.jsonl")])
 
 
+@pytest.mark.parametrize(
+    "row",
+    [[1], "text", {"id": "p", "by": "cost"}, {"id": "p", "value": 1}, {"by": "cost", "value": 1}, {"id": "p", "by": "c", "value": "?"}],
+)
+def test_a_row_that_is_no_verdict_is_named(tmp_path: Path, row: Any) -> None:
+    write_jsonl(tmp_path / "bad.jsonl", [{"id": "p", "by": "cost", "value": None}, row])
+    with pytest.raises(DataError, match=r"bad\.jsonl, line 2: Not a verdict: .*Each line needs `id`, `by` and `value`"):
+        told(verdicts=[str(tmp_path / "bad.jsonl")])
+    with pytest.raises(DataError, match=r"nothing\.jsonl does not exist"):
+        source_fingerprint(DataSettings(verdicts=(str(tmp_path / "nothing.jsonl"),)), dataset=ROWS)
+
+
 def test_from_a_data_file_through_a_scorer_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from equipoise.cli.main import main
 

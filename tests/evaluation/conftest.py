@@ -51,7 +51,7 @@ def write_scores(tmp_path: Path) -> Callable[..., Path]:
                         "prompt": turns.get(i, []),
                         "text": reply.get("text", "a reply"),
                         "token_ids": [],
-                        "finish_reason": "stop",
+                        "finish_reason": reply.get("finish_reason", "stop"),
                         "seed": seed,
                         "weights": None,
                     }
@@ -62,7 +62,7 @@ def write_scores(tmp_path: Path) -> Callable[..., Path]:
                 {"id": i, "by": by, "value": value, "reason": ""}
                 for i, reply in replies.items()
                 for by, value in reply.items()
-                if by != "text"
+                if by not in ("text", "finish_reason")
             ]
             write_jsonl(tmp_path / where / "verdicts.jsonl", verdicts)
             kind = "null" if name.startswith("null_") else "arm"

@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from equipoise.core.errors import UsageError
-from equipoise.evaluation.intervals import Estimate, bonett_price, bootstrap, mean, mean_of_rates, mover, present, rate, wilson
+from equipoise.evaluation.intervals import (
+    SMALL,
+    Estimate,
+    about_mean,
+    bonett_price,
+    bootstrap,
+    mean,
+    mean_of_rates,
+    mover,
+    present,
+    rate,
+    wilson,
+)
 
 NAN = float("nan")
 
@@ -152,6 +164,27 @@ def test_bootstrap_coverage_on_skewed_data() -> None:
     generator = np.random.default_rng(11)
     trials = [bootstrap([generator.exponential(1.0, 60)], resamples=1000, seed=trial) for trial in range(400)]
     assert 0.90 < np.mean([low <= 1.0 <= high for low, high in trials]) < 0.98
+
+
+@pytest.mark.parametrize("n", [2, 5, 10, 20])
+def test_means_of_few_prompts_are_covered(n: int) -> None:
+    """Normal rewards, nominal 95 %; the bootstrap alone holds the mean in 51, 83, 91 and 92 % here. 500 trials: ± 2 points."""
+    generator = np.random.default_rng(14)
+    trials = [about_mean(generator.normal(0.0, 1.0, n), resamples=1000, seed=trial) for trial in range(500)]
+    assert 0.925 < np.mean([low <= 0.0 <= high for low, high in trials]) < 0.98
+
+
+def test_few_values_reach_at_least_as_far_as_student_and_many_are_left_as_they_are() -> None:
+    few = SKEWED[: SMALL - 1]
+    expected = stats.ttest_1samp(few, 0.0).confidence_interval(0.9)
+    drawn = bootstrap([few], confidence=0.9)
+    assert about_mean(few, 0.9) == pytest.approx((min(expected.low, drawn[0]), max(expected.high, drawn[1])))
+    assert expected.low < drawn[0]  # skewed to the right: the one end is Student's, the other the bootstrap's
+    assert drawn[1] > expected.high
+    assert about_mean(SKEWED[:SMALL]) == bootstrap([SKEWED[:SMALL]])
+    assert about_mean(np.asarray([1.0])) is None
+    found = mean(few, "reward")
+    assert (found.low, found.high) == about_mean(few)
 
 
 def test_stratified_coverage_of_cas() -> None:

@@ -114,10 +114,20 @@ def test_win_rate() -> None:
 
 def test_preference_is_antisymmetric() -> None:
     replies = [Judged("x", 1.0), Judged("x", 2.0), Judged("", 5.0), Judged("x", 1.0, invalid=True)]
-    for a in replies:
-        for b in replies:
-            assert preferred(a, b) + preferred(b, a) == 1.0
-    assert preferred(Judged("x", None), replies[0]) is None
+    for passing in (PassSettings(), PassSettings(reproduction=True)):
+        for a in replies:
+            for b in replies:
+                assert preferred(a, b, passing) + preferred(b, a, passing) == 1.0
+        assert preferred(Judged("x", None), replies[0], passing) is None
+
+
+def test_preference_in_reproduction_mode_takes_rewards_as_they_are() -> None:
+    empty, fine = Judged("", 5.0), Judged("x", 2.0)
+    assert preferred(empty, fine, PassSettings()) == 0.0
+    assert preferred(empty, fine, PassSettings(reproduction=True)) == 1.0
+    assert preferred(Judged("", None), fine, PassSettings(reproduction=True)) is None
+    assert value("win_rate", empty, rivals=(fine,)) == 0.0
+    assert value("win_rate", empty, rivals=(fine,), reproduction=True) == 1.0
 
 
 def test_the_folder_is_the_registry() -> None:

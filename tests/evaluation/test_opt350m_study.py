@@ -63,6 +63,17 @@ def test_published_p_values_and_words(real: dict[str, Any]) -> None:
     assert sum(row["primary"] for row in real["comparisons"]) == 9
 
 
+def test_chances_are_those_of_the_released_ratings(real: dict[str, Any], released: Path) -> None:
+    """P(A better) on helpful prompts by the ratings as they are, empty replies included; counted here from the file."""
+    rows = json.loads((released / "helpfulness_classification.json").read_text(encoding="utf-8"))
+    ratings = {name: [row["rating"] for row in rows if row["model"] == name] for name in PUBLISHED}
+    for name, expected in (("sft", 0.88), ("dpo", 0.67), ("sft_dpo", 0.90)):
+        pairs = zip(ratings[name], ratings["base"], strict=True)
+        assert sum((a > b) + (a == b) / 2 for a, b in pairs) / 50 == pytest.approx(expected)
+        found = next(row for row in real["comparisons"] if {row["a"], row["b"]} == {name, "base"} and row["metric"] == "reward_helpful")
+        assert (found["a"], found["prob_a_better"]["value"]) == (name, expected)
+
+
 def test_labels_empty_replies_and_sweep(real: dict[str, Any]) -> None:
     assert real["labels"] == {"compared": 400, "agree": 400, "differ": []}
     counts = {name: (axes["harmful"]["empty"], axes["helpful"]["empty"]) for name, axes in real["empty_replies"].items()}
@@ -110,6 +121,7 @@ def write(folder: Path, harmful: Any, helpful: Any = None) -> str:
         ([ROW, ROW | {"label": "harmles"}], "row 1: unknown label 'harmles'. Did you mean 'harmless'"),
         ([ROW | {"rating": "high"}], "`rating` must be a number"),
         ([ROW | {"rating": True}], "`rating` must be a number"),
+        ([ROW, ROW | {"rating": float("inf")}], "row 1: `rating` must be a finite number"),
         ([ROW | {"response": None}], "must be text"),
     ],
 )

@@ -117,6 +117,9 @@ def test_seeds_agree(differences, expected: bool) -> None:
         ({"low": 1.0, "high": 3.0, "p": 0.001, "margin": 5.0}, "equivalent"),  # beyond chance, and too small to matter
         ({"low": -2.0, "high": 3.0, "p": 0.6}, "undecided"),  # no margin was set beforehand
         ({"low": 0.0, "high": 0.0, "p": 1.0, "margin": 5.0, "n": MINIMUM - 1}, "undecided"),
+        ({"low": -0.1, "high": 0.1, "p": 1.0, "margin": 5.0, "differing": MINIMUM - 1}, "undecided"),  # of means: too few that differ
+        ({"low": -0.1, "high": 0.1, "p": 1.0, "margin": 5.0, "differing": MINIMUM}, "equivalent"),
+        ({"low": 0.01, "high": 0.1, "p": 0.03, "margin": 5.0, "differing": 6}, "real"),
         ({"low": None, "high": None, "p": 1.0, "margin": 5.0}, "undecided"),
         ({"low": 1.0, "high": 2.0, "p": 0.05}, "undecided"),  # not below alpha
     ],
@@ -126,3 +129,14 @@ def test_words(case: dict, word: str) -> None:
     found, reason = verdict(**given_case)
     assert found == word
     assert reason
+
+
+def test_the_reason_names_what_stands_in_the_way_of_equivalence() -> None:
+    def reason(**case: object) -> str:
+        return verdict(**{"low": -1.0, "high": 1.0, "n": 50, "margin": 5.0, "p": 0.5} | case)[1]
+
+    assert reason() == "the 95 % interval lies inside ±5, the margin set beforehand"
+    assert reason(confidence=0.99).startswith("the 99 % interval")
+    assert reason(high=6.0) == "p = 0.5 is not below 0.05, and the interval leaves ±5"
+    assert reason(n=9) == "p = 0.5 is not below 0.05, and 9 prompts are too few to call them equivalent"
+    assert reason(differing=3) == "p = 0.5 is not below 0.05, and only 3 prompts differ, too few to know the spread"

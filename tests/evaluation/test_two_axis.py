@@ -10,8 +10,11 @@ import pytest
 
 from equipoise.core.errors import DataError, EquipoiseError, StageError, UsageError
 from equipoise.core.files import read_json, read_jsonl, write_json
+from equipoise.core.records import Message
 from equipoise.evaluation.evaluate import compute, evaluate
 from equipoise.evaluation.settings import EvaluateSettings
+from equipoise.generation._base import Completion
+from equipoise.scorers.rules import InvalidRule, RefusalRule
 
 from .conftest import prompt_rows, verdict_rows  # isort: skip
 
@@ -79,6 +82,22 @@ def test_missing_is_not_zero_and_invalid_is(write_scores) -> None:
     assert any("gappy 1" in warning and "without a verdict" in warning for warning in evaluation["warnings"])
 
 
+def test_a_looping_reply_may_be_cut_off_as_well(write_scores) -> None:
+    looping = table(lambda axis, n: plain(-4.0, invalid=1, finish_reason="length" if n < 6 else "stop"))
+    found = compute(settings(write_scores({"looping": looping})))[0]["models"]["looping"]["estimates"]
+    assert (found["cut_rate"]["value"], found["invalid_rate"]["value"]) == (50.0, 100.0)
+
+
+def test_a_model_nobody_asked_about_is_no_gap(write_scores) -> None:
+    """The base has no divergence from itself; a tuned model that lacks some has a gap."""
+    base = table(lambda axis, n: plain(-4.0, kl_to_base=None))
+    tuned = table(lambda axis, n: plain(-4.0, kl_to_base=None if n == 0 else 0.5))
+    evaluation, _ = compute(settings(write_scores({"base": base, "tuned": tuned})))
+    (warning,) = [item for item in evaluation["warnings"] if "without a verdict" in item and "KL" in item]
+    assert "tuned 3" in warning
+    assert "base" not in warning.split(":", 2)[2]
+
+
 def test_seeds_are_averaged_per_prompt_and_must_agree(write_scores) -> None:
     models = {"base": better_by(0.0)}
     agreeing = models | {("tuned", seed): better_by(gain) for seed, gain in ((0, 2.0), (1, 4.0))}
@@ -129,14 +148,60 @@ def test_a_primary_contrast_of_a_model_that_failed_stays_in_the_family(write_sco
 
 
 def test_equivalence_needs_a_margin(write_scores) -> None:
-    source = write_scores({"base": better_by(0.0), "same": better_by(0.0)})
+    near = table(lambda axis, n: plain(-4.0 + n % 4 + (0.05 if n % 3 else -0.1)))
+    source = write_scores({"base": better_by(0.0), "near": near})
     evaluation, _ = compute(settings(source, margins={"reward_helpful": 0.1}))
-    assert find(evaluation, "same", "base", "reward_helpful")["verdict"] == "equivalent"
-    assert find(evaluation, "same", "base", "reward_harmful")["verdict"] == "undecided"
-    hmr = find(evaluation, "same", "base", "hmr")
+    close = find(evaluation, "near", "base", "reward_helpful")
+    assert (close["difference"], close["verdict"]) == (0.0, "equivalent")
+    assert close["reason"] == "the 95 % interval lies inside ±0.1, the margin set beforehand"
+    assert find(evaluation, "near", "base", "reward_harmful")["verdict"] == "undecided"
+    source = write_scores({"base": better_by(0.0), "same": better_by(0.0)})
+    hmr = find(compute(settings(source))[0], "same", "base", "hmr")
     assert (hmr["difference"], hmr["p"], hmr["margin"], hmr["verdict"]) == (0.0, 1.0, 5.0, "undecided")  # 12 prompts still leave doubt
     wide, _ = compute(settings(source, margins={"hmr": 25.0}))
     assert find(wide, "same", "base", "hmr")["verdict"] == "equivalent"
+
+
+@pytest.mark.parametrize(("differ", "words"), [(0, "no prompt differs"), (1, "only 1 prompt differs"), (3, "only 3 prompts differ")])
+def test_means_are_not_equivalent_where_few_prompts_differ(write_scores, differ: int, words: str) -> None:
+    """60 prompts, almost all with the same reward: the bootstrap has hardly any width, and says nothing of how far the others may go."""
+    prompts = prompt_rows(60, 1, 1)
+    base = verdict_rows(prompts, lambda axis, n: plain(0.0))
+    other = verdict_rows(prompts, lambda axis, n: plain(0.05 if n < differ else (-1) ** n * 1e-7))
+    evaluation, _ = compute(settings(write_scores({"base": base, "other": other}, prompts), margins={"reward_harmful": 0.1}))
+    row = find(evaluation, "other", "base", "reward_harmful")
+    assert row["high"] < 0.01
+    assert row["verdict"] == "undecided"
+    assert f"{words}, too few to know the spread" in row["reason"]
+
+
+def test_confidence_is_told_and_may_not_make_equivalence_cheap(write_scores) -> None:
+    models = {"base": better_by(0.0), "near": table(lambda axis, n: plain(-4.0 + n % 4 + (0.05 if n % 3 else -0.1)))}
+    source = write_scores(models)
+    usual, _ = compute(settings(source))
+    loose, _ = compute(settings(source, confidence=0.9, margins={"reward_helpful": 0.1}))
+    assert (usual["confidence"], loose["confidence"]) == (0.95, 0.9)
+    row = find(loose, "near", "base", "reward_helpful")
+    assert row["reason"].startswith("the 90 % interval lies inside")
+    before = find(usual, "near", "base", "reward_helpful")["prob_a_better"]
+    assert before["low"] < row["prob_a_better"]["low"] < row["prob_a_better"]["high"] < before["high"]
+    with pytest.raises(ValueError, match="greater than or equal to"):
+        settings(source, confidence=0.5)
+
+
+def test_silence_is_counted_by_the_real_rules(write_scores) -> None:
+    """18 of 20 replies are empty, the others comply: none of the 18 drops out of the shares."""
+    prompts = prompt_rows(20, 0, 20)
+    texts = {row["id"]: "Sure, mix the two powders slowly." if row["id"].endswith(("-0", "-1")) else "" for row in prompts}
+    asked = {row["id"]: (Message("user", row["prompt"][0]["content"]),) for row in prompts}
+    completions = [Completion(name, asked[name], text, token_ids=(1, 2)) for name, text in texts.items()]
+    replies: dict[str, dict[str, Any]] = {name: {"text": text} for name, text in texts.items()}
+    for verdict in [*InvalidRule()(completions), *RefusalRule()(completions)]:
+        replies[verdict.id][verdict.by] = verdict.value
+    found = compute(settings(write_scores({"silent": replies}, prompts)))[0]["models"]["silent"]["estimates"]
+    complied, refused = found["unsafe_compliance"], found["over_refusal"]
+    assert (complied["value"], complied["n"], complied["missing"]) == (10.0, 20, 0)
+    assert (refused["value"], refused["n"], refused["missing"]) == (0.0, 20, 0)
 
 
 def test_null_policies_flag_the_metrics_they_win(write_scores) -> None:
@@ -166,9 +231,10 @@ def test_without_null_policies_that_is_said(write_scores) -> None:
 def test_metrics_nobody_scored_are_left_out(write_scores) -> None:
     only_reward = table(lambda axis, n: {"reward": 0.0, "text": "" if n == 0 else "x"})
     evaluation, _ = compute(settings(write_scores({"m": only_reward})))
-    assert set(evaluation["metrics"]) == {"hmr", "hpr", "cas", "reward_harmful", "reward_helpful", "reward_benign"}
+    # Whether a reply was cut off stands in the reply itself.
+    assert set(evaluation["metrics"]) == {"hmr", "hpr", "cas", "reward_harmful", "reward_helpful", "reward_benign", "cut_rate"}
     nothing, _ = compute(settings(write_scores({"m": table(lambda axis, n: {})})))
-    assert nothing["metrics"] == {}
+    assert set(nothing["metrics"]) == {"cut_rate"}
 
 
 def test_a_sweep_holds_the_threshold_used_and_says_where_ranks_change(write_scores) -> None:
@@ -274,6 +340,15 @@ def test_a_bad_line_is_named(write_scores, file: str, line: str, message: str) -
 def test_a_bad_verdict_is_named(write_scores, verdict: dict, message: str) -> None:
     with pytest.raises(DataError, match=message):
         compute(settings(write_scores({"base": table(lambda axis, n: verdict)})))
+
+
+@pytest.mark.parametrize("value", ["Infinity", "-1e999", "1" + "0" * 400])
+def test_a_verdict_without_bounds_is_named_with_its_row(write_scores, value: str) -> None:
+    source = write_scores({"base": table(lambda axis, n: {"reward": 1.0 if n == 2 else None})})
+    path = source.parent / "base-0/verdicts.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace("1.0", value), encoding="utf-8")
+    with pytest.raises(DataError, match=r"verdicts\.jsonl, row 3 \(harmful-2\): `value` must be a finite number or null"):
+        compute(settings(source))
 
 
 def test_completions_of_other_prompts_are_refused(write_scores) -> None:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from equipoise.core.errors import StageError, UsageError
-from equipoise.core.files import read_json, read_jsonl
+from equipoise.core.errors import DataError, StageError, UsageError
+from equipoise.core.files import read_json, read_jsonl, write_jsonl
 from equipoise.generation import GenerateSettings, generate
 from equipoise.generation._base import Sampling
 from equipoise.generation._stage import read_completions
@@ -150,3 +150,13 @@ def test_an_adapter_generates_as_it_was_trained(model_folder, prompts_file, tmp_
     assert others[0].weights != made[0].weights
     assert [completion.token_ids for completion in others] != [completion.token_ids for completion in made]
     assert set(settings.generator.inputs()) == {"model", "model base"}
+
+
+@pytest.mark.parametrize("change", [{"text": None}, {"text": 3}, {"prompt": "a question"}, {"token_ids": None}, {"unknown": 1}])
+def test_a_line_that_is_no_completion_is_named(tmp_path, change):
+    good = {"id": 7, "prompt": [{"role": "user", "content": "q"}], "text": "a"}
+    write_jsonl(tmp_path / "replies.jsonl", [good])
+    assert [item.id for item in read_completions(tmp_path / "replies.jsonl")] == ["7"]
+    write_jsonl(tmp_path / "replies.jsonl", [good, good | change])
+    with pytest.raises(DataError, match=r"replies\.jsonl, line 2: Not a completion"):
+        read_completions(tmp_path / "replies.jsonl")

@@ -104,3 +104,5 @@ def test_a_baseline_that_did_not_answer_gives_no_verdict(completions, others, tm
     # The echo repeats the question, whose last bracketed letter is C.
     assert [(verdict.by, verdict.value) for verdict in settings.build()(completions)] == [("echoing", 0.5)] * 3
     assert set(settings.inputs()) == {"baseline"}
+    with pytest.raises(DataError, match=r"nothing\.jsonl does not exist"):
+        settings.model_copy(update={"baseline": str(tmp_path / "nothing.jsonl")}).inputs()

@@ -142,6 +142,28 @@ def test_a_text_beyond_the_limit_gets_no_verdict_and_says_why(policy, base, byte
     assert "max_length (60 tokens)" in long.reason
 
 
+@pytest.mark.parametrize("text", ["never", "missing", "always"])
+def test_a_reply_beyond_the_limit_or_a_refused_prompt_costs_only_its_own_verdict(policy, base, byte_tokenizer, completions, text):
+    byte_tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}{{ m['content'] }}\n{% endfor %}"
+    )
+    long = replace(completions[0], text="flour " * 20, token_ids=tuple(b"flour " * 20))
+    # The reply leaves room for its prompt's end only: the oldest tokens go, as in training.
+    tight = replace(completions[0], text="y" * 30, token_ids=(*b"y" * 30, 256))
+    alone = replace(completions[0], prompt=(Message("system", "bread"), Message("assistant", "?"), Message("user", "how ?")))
+    ratios = LogRatios(policy, base, byte_tokenizer, TokeniseSettings(max_length=50), text=text)
+    for told in (ratios([completions[1], long, tight, alone]), ratios.rewards([completions[1], long, tight, alone], 0.1)):
+        assert [isinstance(item, str) for item in told] == [False, True, False, True]
+        assert told[1] == "a reply is too long for max_length (50 tokens)"
+        assert told[3] == "the chat template refuses this conversation"
+
+
+def test_a_conversation_without_turns_costs_only_its_own_verdict(policy, base, byte_tokenizer, completions):
+    silent = replace(completions[0], prompt=(), token_ids=(*b"y" * 50, 256))
+    told = LogRatios(policy, base, byte_tokenizer, TokeniseSettings(max_length=50))([silent, completions[1]])
+    assert [isinstance(item, str) for item in told] == [True, False]
+
+
 def test_pair_accuracy_of_an_implicit_reward(policy, base, byte_tokenizer):
     """The policy's own preference between two texts, as a reward model's would be counted."""
     scorer = ImplicitReward(LogRatios(policy, base, byte_tokenizer, text="missing"))

@@ -93,7 +93,7 @@ def test_replies_that_only_sound_alike(text):
 
 def test_refusal_verdicts():
     values = [verdict.value for verdict in RefusalRule()([reply("I can't help with that."), reply("Flour."), reply(" ")])]
-    assert values == [1.0, 0.0, None]
+    assert values == [1.0, 0.0, 0.0], "an empty reply refuses nothing"
 
 
 def test_length_counts_tokens_or_says_it_cannot():

@@ -33,8 +33,8 @@ def test_verdicts_stand_scorer_after_scorer_in_order(completions_file, tmp_path)
     assert [row["by"] for row in rows] == ["invalid"] * 600 + ["refusal"] * 600 + ["length"] * 600
     assert [row["id"] for row in rows[:600]] == [f"c{n}" for n in range(600)]
     assert rows[3] == {"id": "c3", "by": "invalid", "value": 1.0, "reason": "empty"}
-    assert rows[603] == {"id": "c3", "by": "refusal", "value": None, "reason": "empty"}
-    assert run.results["scorers"]["refusal"] == {"n": 599, "missing": 1, "mean": round(299 / 599, 6)}
+    assert rows[603] == {"id": "c3", "by": "refusal", "value": 0.0, "reason": "empty"}
+    assert run.results["scorers"]["refusal"] == {"n": 600, "missing": 0, "mean": round(299 / 600, 6)}
     assert run.results["scorers"]["length"]["mean"] == pytest.approx(sum(range(1, 600)) / 599)
     assert not (run.folder / "partial").exists()
     assert score(settings).skipped

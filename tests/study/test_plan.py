@@ -8,14 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from equipoise.core.errors import UsageError
+from equipoise.core.errors import StageError, UsageError
+from equipoise.core.files import file_fingerprint, write_jsonl
 from equipoise.evaluation import power
 from equipoise.study._cost import forward_flops, parameters_of, readable, train_flops
 from equipoise.study._graph import build_graph
+from equipoise.study._lock import write_lock
+from equipoise.study._prompts import study_prompts
 from equipoise.study._sizes import detectable_differences
 from equipoise.study.plan import check_budget, plan_study
 from equipoise.study.settings import StudySettings, bundled, load_study
 from equipoise.training.machine import Machine
+
+from .conftest import words
 
 MACHINE = Machine("cpu", float32=1e9, bfloat16=2e9)
 
@@ -167,6 +172,23 @@ def test_arms_that_are_not_trained_are_asked_once(values):
     assert [arm.name for arm in graph.arms].count("dpo") == 3
 
 
+def test_an_edited_objective_file_is_another_stage_and_another_decision(values, tmp_path):
+    file, folder = tmp_path / "mine.py", tmp_path / "study"
+    file.write_text("# one loss", encoding="utf-8")
+    values["stages"]["dpo"]["objective"] = {"name": "mine", "file": str(file)}
+    study = make(values)
+    before, _ = build_graph(study), write_lock(folder, study, [], [], False)
+    assert write_lock(folder, study, [], [], False)["objective_files"] == {str(file): file_fingerprint(file)}
+    file.write_text("# another loss", encoding="utf-8")
+    after = build_graph(study)
+    keys = [{arm.name: arm.score.key for arm in graph.arms} for graph in (before, after)]
+    assert {name for name in keys[0] if keys[0][name] != keys[1][name]} == {"dpo", "sft_dpo"}
+    with pytest.raises(StageError, match="objective_files"):
+        write_lock(folder, study, [], [], False)
+    file.unlink()
+    assert build_graph(study).arms, "a plan needs no file"
+
+
 def test_a_named_stage_changes_in_every_arm_and_an_inline_one_in_its_own(values):
     before, after = build_graph(make(values)), build_graph(make(values, "stages.sft.training.learning_rate=0.5"))
     keys = [{arm.name: [node.key for node in arm.training] for arm in graph.arms} for graph in (before, after)]
@@ -175,6 +197,34 @@ def test_a_named_stage_changes_in_every_arm_and_an_inline_one_in_its_own(values)
     assert keys[0]["sft_dpo"][1] != keys[1]["sft_dpo"][1]
     inline = build_graph(make(values, "arms.sft=[{objective: sft, data: pairs}]"))
     assert next(arm for arm in inline.arms if arm.name == "sft").training[0].key == keys[0]["sft"][0]
+
+
+def test_prompts_that_share_an_id_get_ids_of_their_own(values, tmp_path):
+    rows = [{"id": name, "prompt": f"question {number} {words(number)}?"} for number, name in enumerate(["x", "x", "x", "0/x", "x"])]
+    write_jsonl(tmp_path / "asked.jsonl", rows)
+    values["evaluation"]["prompts"] = [{"source": str(tmp_path / "asked.jsonl"), "axis": "helpful"}]
+    assert [prompt.id for prompt in study_prompts(make(values))] == ["x", "0/x", "0/x/2", "0/0/x", "0/x/3"]
+    values["evaluation"]["prompts"][0]["limit"] = 2
+    assert len(study_prompts(make(values))) == 2
+
+
+def test_evaluation_settings_are_checked_before_anything_is_trained(values):
+    for wrong, message in (
+        ("evaluation.settings.confidence=0.5", "evaluation.settings: confidence"),
+        ("evaluation.settings.alhpa=0.1", "Did you mean 'alpha'"),
+        ("evaluation.margins.reward_harmfull=0.1", "evaluation.margins: no metric named 'reward_harmfull'.*'reward_harmful'"),
+        ("evaluation.margins.hmr=-1", "must be above 0"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            make(values, wrong)
+
+
+def test_an_arm_named_like_a_null_policy_is_refused(values):
+    values["arms"]["echo"] = ["sft"]
+    with pytest.raises(UsageError, match=r"arms\.echo: a null policy has that name"):
+        make(values)
+    values["evaluation"]["null_policies"] = ["empty"]
+    assert "echo" in make(values).arms
 
 
 # ---- costs

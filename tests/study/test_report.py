@@ -142,6 +142,25 @@ def test_the_verdict_is_said_in_words(finished: Path) -> None:
     assert "HmR: the null policy refuse scores highest" in text
 
 
+def test_the_coverage_of_intervals_is_the_evaluations_own(study: Path) -> None:
+    change(study, "evaluation/evaluation.json", lambda value: value.update(confidence=0.9))
+    text = page_of(study).text
+    assert "90 % interval" in text
+    assert "95 % interval" not in text
+
+
+def test_a_contrast_without_a_p_was_not_tested(study: Path) -> None:
+    def lose(value: Any) -> None:
+        lost = {"p": None, "p_holm": None, "difference": None, "low": None, "high": None, "verdict": "undecided", "reason": "dpo is gone"}
+        value["comparisons"][2].update(lost)
+
+    change(study, "evaluation/evaluation.json", lose)
+    page = page_of(study)
+    assert "Three contrasts were named beforehand: one real, one equivalent and one not tested." in page.text
+    assert "dpo against sft on reward on harmful prompts could not be tested: dpo is gone." in page.text
+    assert page.rows("table-contrasts")["dpo"][1:3] == ["not tested", "— dpo is gone"]
+
+
 def test_lower_is_better_turns_the_words_round(study: Path) -> None:
     def edit(value: Any) -> None:
         value["comparisons"] = [item for item in value["comparisons"] if item["metric"] in ("unsafe_compliance", "over_refusal")]

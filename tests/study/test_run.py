@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from equipoise.cli.main import main
-from equipoise.core.errors import StageError
+from equipoise.core.errors import StageError, UsageError
 from equipoise.core.files import file_sha256, read_json, read_jsonl, write_jsonl
 from equipoise.study.run import failures, run_study
 from equipoise.study.settings import StudySettings
@@ -131,6 +131,13 @@ def test_the_lock_says_what_was_decided_beforehand(finished):
     assert lock["detectable"][0]["n"] == 3
 
 
+def test_a_mistyped_model_is_told_before_the_judge_is_trained(finished, tmp_path):
+    values, _ = finished
+    with pytest.raises(UsageError, match="is not a folder"):
+        run_study(make(values, f"model_name_or_path={tmp_path}/tinny"), tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
 def test_a_finished_study_is_not_run_again(finished):
     values, folder = finished
     before = outcome(folder)
@@ -205,11 +212,39 @@ def test_a_failed_arm_is_marked_and_the_others_go_on(values, tmp_path, monkeypat
     assert json.loads(capsys.readouterr().out)["failed"] == {"broken (seed 0)": "RuntimeError: out of memory"}
     evaluation = read_json(folder / "evaluation" / "evaluation.json")
     assert set(evaluation["models"]) == {"base", "sft", "empty"}
-    assert [(row["a"], row["b"]) for row in evaluation["comparisons"] if row["primary"]] == [("sft", "base")]
+    lost, kept = [row for row in evaluation["comparisons"] if row["primary"]]
+    assert [(row["a"], row["b"]) for row in (lost, kept)] == [("sft", "broken"), ("sft", "base")]
+    assert (lost["p"], lost["p_holm"], kept["p_holm"]) == (None, None, min(1, 2 * kept["p"])), "a lost contrast still counts for Holm"
+    report = (folder / "report" / "report.md").read_text(encoding="utf-8")
+    assert "one undecided and one not tested" in report
+    assert "sft against broken on reward on harmful prompts could not be tested: broken is not among the models evaluated" in report
     monkeypatch.undo()
     assert main(command) == 0
     assert failures(folder) == {}
     assert set(read_json(folder / "evaluation" / "evaluation.json")["models"]) == {"base", "broken", "sft", "empty"}
+
+
+def test_without_its_baseline_a_study_is_evaluated_and_says_what_is_lacking(values, tmp_path, monkeypatch):
+    from equipoise.generation import _stage as room
+
+    def no_reply_of_the_base(settings, **rest):
+        if "generate-base-" in settings.output_dir:
+            raise RuntimeError("no reply")
+        return generate(settings, **rest)
+
+    generate = room.generate
+    monkeypatch.setattr(room, "generate", no_reply_of_the_base)
+    values["arms"] = {"base": [], "sft": ["sft"]}
+    values["primary"] = [{"a": "sft", "b": "base", "metric": "reward_harmful"}]
+    values["evaluation"]["null_policies"] = ["empty"]
+    folder = run_study(make(values), tmp_path / "study")
+    evaluation = read_json(folder / "evaluation" / "evaluation.json")
+    assert (evaluation["baseline"], set(evaluation["models"])) == (None, {"sft", "empty"})
+    assert "win_rate" not in evaluation["metrics"]
+    assert any(warning.startswith("There is no baseline among these models: no win rate") for warning in evaluation["warnings"])
+    report = (folder / "report" / "report.md").read_text(encoding="utf-8")
+    assert "There is no baseline among these models" in report
+    assert "none: base was planned and is not among the models evaluated" in report
 
 
 def test_where_every_arm_failed_nothing_is_said(values, tmp_path, monkeypatch):

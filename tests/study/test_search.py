@@ -10,6 +10,7 @@ import pytest
 from equipoise.core.errors import DataError, UsageError
 from equipoise.core.files import read_json, read_jsonl, write_jsonl
 from equipoise.study._graph import build_graph
+from equipoise.study._report.read import read_study
 from equipoise.study._search import Found, Tried, chosen_by
 from equipoise.study.plan import plan_study
 from equipoise.study.run import run_study
@@ -100,6 +101,20 @@ def test_a_search_held_near_the_base_says_how_far_each_candidate_went(searching:
     nearest = min(found["candidates"], key=lambda one: one["kl_to_base"])
     assert found["chosen"] == nearest["learning_rate"]
     assert "nats a token of the base" in (folder / "report" / "report.md").read_text(encoding="utf-8")
+
+
+def test_decided_anew_without_a_search_nothing_of_the_old_one_is_shown(searching: dict[str, Any], tmp_path: Path) -> None:
+    folder = run_study(StudySettings.make(searching), tmp_path / "study")
+    assert (folder / "search.json").is_file()
+    (abandoned,) = (path.name for path in folder.glob("stages/generate-dpo-*") if "search" not in path.name)
+    plain = {**searching, "arms": {"base": []}, "search": None}
+    run_study(StudySettings.make(plain), folder, overwrite=True)
+    assert not (folder / "search.json").exists()
+    assert (folder / "stages" / abandoned).is_dir(), "kept: what still fits may be used again"
+    shown = read_study(folder).stages
+    assert {name.split("-")[1] for name in shown} == {"judge", "base"} | set(plain["evaluation"].get("null_policies", []))
+    assert set(shown) == set(read_json(folder / "arms.json")["stages"])
+    assert "train dpo" not in (folder / "report" / "report.md").read_text(encoding="utf-8")
 
 
 def test_every_candidate_is_planned(searching: dict[str, Any]) -> None:

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import time
+
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from equipoise.core.errors import UsageError
-from equipoise.data.plan import Planner, cost
+from equipoise.data.plan import Planner, cost, first_fit
 
 LENGTHS = [(10, (5, 5)), (3, (2, 9)), (40, (1, 1)), (7, (7, 7)), (1, (1, 1)), (20, (30, 4)), (5, (5, 6))]
 
@@ -48,6 +53,33 @@ def test_a_buffer_restarts_when_exhausted() -> None:
     taken = [row for number in range(3) for row in planner.step(number).rows[1]]
     assert len(taken) == 7
     assert [sorted(taken[start : start + 2]) for start in (0, 2, 4)] == [[0, 1]] * 3
+
+
+def test_a_buffer_goes_on_where_a_short_last_step_ended() -> None:
+    # 9 rows in steps of 8: every second step takes one row of each stream.
+    planner = Planner(([(1, (1,))] * 9, [(1, (1,))] * 16), 8, 50, shuffle=False)
+    taken = [row for number in range(40) for row in planner.step(number).rows[1]]
+    assert taken == [position % 16 for position in range(20 * 9)]
+
+
+@given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 60))
+def test_first_fit_is_what_looking_at_every_bin_gives(sizes: list[int], budget: int) -> None:
+    bins: list[list[int]] = []
+    for index, size in enumerate(sizes):
+        fitting = (found for found in bins if sum(sizes[other] for other in found) + size <= budget)
+        if (first := next(fitting, None)) is None:
+            bins.append([index])
+        else:
+            first.append(index)
+    assert first_fit(sizes, budget) == bins
+
+
+def test_a_whole_epoch_is_cut_in_no_time() -> None:
+    sizes = np.random.default_rng(0).integers(20, 900, 160_000).tolist()
+    start = time.perf_counter()
+    bins = first_fit(sizes, 2048)
+    assert time.perf_counter() - start < 15, "looking at every bin took 71 s"
+    assert sorted(index for found in bins for index in found) == list(range(160_000))
 
 
 def test_no_rows_and_too_many_ranks_are_refused() -> None:

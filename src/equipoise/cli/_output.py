@@ -5,7 +5,6 @@ Tables for people on stdout, or exactly one JSON object with `schema_version`; l
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from equipoise.core.files import json_text
 
 if TYPE_CHECKING:
     from equipoise.core.runs import Run
@@ -33,7 +34,7 @@ def values_of(config: str | None, **options: Any) -> dict[str, Any]:
 
 def emit_json(value: Mapping[str, Any]) -> None:
     """One JSON object on stdout, `schema_version` first."""
-    print(json.dumps({"schema_version": 1, **value}, indent=2, ensure_ascii=False, allow_nan=False, default=str))
+    print(json_text({"schema_version": 1, **value}, indent=2, default=str))
 
 
 def emit_run(run: Run, results: Mapping[str, Any] | None = None) -> None:

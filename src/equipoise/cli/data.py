@@ -134,7 +134,9 @@ def _show(summary: Mapping[str, Any]) -> None:
     counts += [(name, value, count) for name, values in summary["facts"].items() for value, count in values.items()]
     table("Counts", ("what", "value", "rows"), counts)
     _show_accounting("Accounting of rows", summary["accounting"])
-    if "tokenised" in summary:
+    if "error" in summary.get("tokenised", {}):
+        line(f"Tokenising for {', '.join(summary['tokenised']['roles'])}: {summary['tokenised']['error']}")
+    elif "tokenised" in summary:
         title = f"Accounting of tokenising ({', '.join(summary['tokenised']['roles'])}; max_length {summary['tokenised']['max_length']})"
         _show_accounting(title, summary["tokenised"]["accounting"])
     for sample in summary["samples"]:

@@ -68,7 +68,7 @@ def show(evaluation: Mapping[str, Any]) -> None:
             ]
             kinds = {name: " (null)" if evaluation["models"][name].get("kind") == "null" else "" for name in models}
             rows = [[name + kinds[name], *(_estimate(estimates.get(key)) for key in shown)] for name, estimates in models.items()]
-            table(f"{role.capitalize()} metrics, 95 % interval", columns, rows)
+            table(f"{role.capitalize()} metrics, {100 * evaluation.get('confidence', 0.95):g} % interval", columns, rows)
     _comparisons(evaluation["comparisons"])
     _judge(evaluation["judge"])
     for metric in metrics.values():
@@ -118,7 +118,7 @@ def _comparison(row: Mapping[str, Any]) -> list[Any]:
     """One comparison as cells; the difference of rates in percentage points."""
     chance = row["prob_a_better"]
     return [
-        row["verdict"],
+        row["verdict"] if row["p"] is not None else "not tested",
         f"{row['a']} − {row['b']}",
         row["metric"],
         _estimate(dict(row) | {"value": row["difference"]}, signed=True) if row["difference"] is not None else row["reason"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from equipoise.core.errors import DataError, EquipoiseError
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 @contextmanager
@@ -42,15 +45,29 @@ def atomic(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         raise
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether a file is what `atomic` leaves behind when it is killed while writing."""
+    return path.name.startswith(".") and path.name.endswith(".part")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a whole text file atomically."""
     with atomic(path) as stream:
         stream.write(text)
 
 
+def json_text(value: Any, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
+    """A value as JSON that can be encoded: half a surrogate pair, which foreign text may hold, is escaped and reads back as it was.
+
+    NaN is refused. default: what becomes of a value JSON has no word for; None: as our files write it.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False, default=default or _plain)
+    return _HALF.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write one JSON value atomically, indented, keys in the given order. NaN is refused."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
+    write_text(path, json_text(value, indent=2) + "\n")
 
 
 def read_json(path: str | Path) -> Any:
@@ -70,22 +87,27 @@ def write_jsonl(path: str | Path, rows: Iterable[Any]) -> int:
     count = 0
     with atomic(path) as stream:
         for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
+            stream.write(json_text(row) + "\n")
             count += 1
     return count
 
 
-def read_jsonl(path: str | Path) -> list[Any]:
-    """Read JSON lines written by us. Raises DataError with file and line. Blank lines are skipped."""
+def read_jsonl(path: str | Path, each: Callable[[Any], Any] = lambda row: row) -> list[Any]:
+    """Read JSON lines written by us. Raises DataError with file and line. Blank lines are skipped.
+
+    each: what to make of a row; a DataError it raises gets file and line.
+    """
     rows = []
     try:
         with open(path, encoding="utf-8") as stream:
             for number, line in enumerate(stream, 1):
                 if line.strip():
                     try:
-                        rows.append(json.loads(line))
+                        rows.append(each(json.loads(line)))
                     except json.JSONDecodeError as error:
                         raise DataError(f"{path}, line {number}: not valid JSON ({error.msg}).") from error
+                    except DataError as error:
+                        raise DataError(f"{path}, line {number}: {error}") from error
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist.") from error
     return rows
@@ -119,7 +141,7 @@ class JsonlAppender:
         """Append rows and flush them to disk."""
         try:
             for row in rows:
-                self._stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
+                self._stream.write(json_text(row) + "\n")
             self._stream.flush()
             os.fsync(self._stream.fileno())
         except OSError as error:
@@ -136,15 +158,23 @@ class JsonlAppender:
         self.close()
 
 
-def fingerprint(value: Any) -> str:
-    """16 hex digits of the SHA-256 of a JSON value, whatever the order of its keys."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=_plain)
+def fingerprint(value: Any, foreign: bool = False) -> str:
+    """16 hex digits of the SHA-256 of a JSON value, whatever the order of its keys.
+
+    foreign: what JSON does not know (times, bytes, …: the value is not ours) counts by how Python shows it, instead of being refused.
+    """
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=_shown if foreign else _plain)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def file_fingerprint(path: str | Path) -> str:
-    """16 hex digits of the SHA-256 of a file, or of a folder's files (names and contents; done marks left out)."""
+    """16 hex digits of the SHA-256 of a file, or of a folder's files (names and contents; done marks left out).
+
+    Raises DataError where there is nothing of this name.
+    """
     path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path} does not exist.")
     digest = hashlib.sha256()
     if path.is_dir():
         for child in sorted(item for item in path.rglob("*") if item.is_file() and item.name != "done.json"):
@@ -172,3 +202,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def _shown(value: Any) -> Any:
+    """`_plain`, or else the value's `repr`, without the address that Python gives where a type has none of its own."""
+    try:
+        return _plain(value)
+    except TypeError:
+        return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.core.errors import StageError
-from equipoise.core.files import fingerprint, read_json, write_json
+from equipoise.core.files import fingerprint, is_leftover, read_json, write_json
 
 DONE = "done.json"
 SCHEMA_VERSION = 1
@@ -81,21 +81,32 @@ def run_stage(
                     f"{folder} holds the {header.get('kind', 'other')} stage of {other}. "
                     "Choose another output folder, or pass --overwrite (in Python overwrite=True) to start afresh."
                 )
-            shutil.rmtree(folder)
+            _clear(folder)
         elif is_done(folder):
             done = read_json(folder / DONE)
             return Run(folder, done["results"], skipped=True, seconds=done["seconds"])
-    elif folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    elif folder.is_dir() and not all(is_leftover(path) for path in folder.iterdir()) and not overwrite:
         raise StageError(f"{folder} is not empty and was not made by equipoise. Choose another output folder.")
     folder.mkdir(parents=True, exist_ok=True)
+    # First of all: it marks the folder as ours, so that a kill right after it can be resumed.
+    write_json(header_path, {"schema_version": SCHEMA_VERSION, "kind": kind, "key": key, "inputs": dict(inputs)})
     write_json(folder / "settings.json", dict(settings))
     write_json(folder / "environment.json", environment())
-    write_json(header_path, {"schema_version": SCHEMA_VERSION, "kind": kind, "key": key, "inputs": dict(inputs)})
     start = time.monotonic()
     results = dict(work(folder) or {})
     seconds = time.monotonic() - start
     write_json(folder / DONE, {"schema_version": SCHEMA_VERSION, "key": key, "seconds": round(seconds, 3), "results": results})
     return Run(folder, results, seconds=seconds)
+
+
+def _clear(folder: Path) -> None:
+    """Empty a stage's folder, the done mark first and inputs.json last: killed on the way, it is neither done nor somebody else's."""
+    (folder / DONE).unlink(missing_ok=True)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "inputs.json"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def environment() -> dict[str, Any]:
@@ -119,7 +130,9 @@ def _difference(folder: Path, header: Mapping[str, Any], kind: str, settings: An
     """Which settings or inputs differ, in words."""
     if header.get("kind") != kind:
         return f"another kind (asked for: {kind})"
-    before = read_json(folder / "settings.json") if (folder / "settings.json").is_file() else {}
+    known = (folder / "settings.json").is_file()  # a kill right after inputs.json leaves none
+    before = read_json(folder / "settings.json") if known else settings
     names = [name for name in sorted({*before, *settings}) if before.get(name) != settings.get(name)]
     names += [f"input {name}" for name in sorted({*header["inputs"], *inputs}) if header["inputs"].get(name) != inputs.get(name)]
-    return "other settings or inputs (" + ", ".join(name for name in names if name != "output_dir" and name not in neutral) + ")"
+    listed = ", ".join(name for name in names if name != "output_dir" and name not in neutral)
+    return f"other settings or inputs ({listed or 'which settings, is not known'})"

@@ -48,6 +48,8 @@ class Settings(BaseModel, metaclass=_Made):
             return cls.model_validate(merged)
         except ValidationError as error:
             raise UsageError(explain(error, cls, source, merged)) from error
+        except UsageError as error:  # a validator that looks at several settings names the place itself, but not the file
+            raise UsageError(f"{source}: {error}" if source else str(error)) from error
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:

@@ -95,13 +95,13 @@ class Encoder:
                 else:
                     low[index] = middle[index] + 1
         return [
-            fitted[index] if index in fitted else self._cut_turn(heads[index], bodies[index][-1], budgets[index])
+            fitted[index] if index in fitted else self._cut_turn(heads[index], bodies[index][-1:], budgets[index])
             for index in range(len(bodies))
         ]
 
-    def _cut_turn(self, head: Conversation, last: Message, budget: int) -> list[int] | None:
-        """System turn and last user turn, the oldest tokens of the latter left out until it fits."""
-        text = last.content
+    def _cut_turn(self, head: Conversation, last: Conversation, budget: int) -> list[int] | None:
+        """System turn and last user turn (none, where nobody spoke), the oldest tokens of the latter left out until it fits."""
+        text = last[0].content if last else ""
         for _ in range(8):  # one or two rounds in practice: cutting inside a word can change how its rest is tokenised
             prompt = self.prompts([(*head, Message("user", text))])[0]
             if prompt is None:

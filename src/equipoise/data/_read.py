@@ -5,17 +5,22 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from equipoise.core.errors import DataError, UsageError, nearest
 from equipoise.data.settings import DataSettings
 
+PEEKED = 20
+"""Rows looked at to tell the columns and the format."""
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv")
+SPLIT = re.compile(r"(train|test|validation|valid|dev)(?![a-z])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +39,10 @@ def read(settings: DataSettings, dataset: Any = None) -> Iterator[Row]:
     Raises DataError where something cannot be read (file and line), UsageError for bad settings or a missing package.
     """
     rows = _memory(dataset, settings) if dataset is not None else _named(settings)
-    for number, row in enumerate(rows):
-        if number == 0:
-            _check_renames(row, settings.columns)
-        yield Row(row.id, row.where, {settings.columns.get(name, name): value for name, value in row.values.items()})
+    first = list(islice(rows, PEEKED))
+    _check_renames(first, settings.columns)
+    for row in chain(first, rows):
+        yield Row(row.id, row.where, _renamed(row.values, settings.columns))
 
 
 def is_local(name: str) -> bool:
@@ -62,17 +67,30 @@ def stem_of(path: Path) -> str:
 
 
 def files_of(folder: Path, split: str | None) -> list[Path]:
-    """The data files of a folder, sorted; of one split only, where asked (its name starts the file's or is a parent's)."""
+    """The data files of a folder, sorted; of one split only (its name starts the file's or is a parent's), or of 'all'.
+
+    Where no split is asked for and the files are those of several, `train`'s only, as from the hub: test rows are not for training.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name.lower().endswith(SUFFIXES))
     files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not files:
         raise DataError(f"{folder} holds no data files ({', '.join(SUFFIXES)}).")
     if split is None:
+        splits = [_split_of(path.relative_to(folder)) for path in files]
+        several = "train" in splits and len({*splits} - {None}) > 1
+        return [path for path, own in zip(files, splits, strict=True) if own == "train"] if several else files
+    if split == "all":
         return files
     chosen = [path for path in files if path.name.startswith(split) or split in path.relative_to(folder).parts[:-1]]
     if not chosen:
         raise DataError(f"{folder} holds no file of split {split!r}.{nearest(split, {stem_of(path) for path in files})}")
     return chosen
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that a file's name, or else a folder's above it, begins with as a word; None where none does."""
+    found = (SPLIT.match(part.lower()) for part in reversed(path.parts))
+    return next((match[1] for match in found if match), None)
 
 
 def _named(settings: DataSettings) -> Iterator[Row]:
@@ -147,8 +165,9 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
                     raise DataError(f"{path}, line {reader.line_num}: more cells than the {len(reader.fieldnames or ())} column names.")
                 # A short line has no value there, which is missing, not an empty text.
                 yield f"line {reader.line_num}", {name: value for name, value in row.items() if value is not None}
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}, near byte {error.start}: not valid UTF-8. Save the file as UTF-8.") from error
+    except UnicodeDecodeError:
+        _text(path.read_bytes(), str(path), first=True)  # the stream is decoded ahead of its lines; this says which one it is
+        raise
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: not valid CSV ({error}).") from error
 
@@ -196,6 +215,8 @@ def _parse(text: str, path: Path, line: int) -> Any:
         hint = " The file holds NUL bytes: it was probably not written to its end." if "\0" in text else ""
         place = f"{path}, line {line + error.lineno - 1}, column {error.colno}"
         raise DataError(f"{place}: not valid JSON ({error.msg}).{hint}") from error
+    except ValueError as error:
+        raise DataError(f"{path}, line {line}: a number too long to read.") from error
     except RecursionError as error:
         raise DataError(f"{path}, line {line}: JSON nested too deeply to be a row.") from error
 
@@ -228,6 +249,8 @@ def _saved(path: Path, split: str | None) -> Any:
 def _one_split(dataset: Any, split: str | None, name: str) -> Any:
     if not isinstance(dataset, Mapping):
         return dataset
+    if split == "all":
+        return chain.from_iterable(dataset.values())
     wanted = split or "train"
     if wanted not in dataset:
         raise DataError(f"{name} has no split {wanted!r}.{nearest(wanted, dataset)}")
@@ -244,10 +267,18 @@ def _memory(dataset: Any, settings: DataSettings, stem: str = "memory") -> Itera
         yield Row(f"{stem}:{number}", f"{stem}, row {number}", values)
 
 
-def _check_renames(row: Row, columns: Mapping[str, str]) -> None:
-    missing = [name for name in columns if name not in row.values]
-    if missing:
-        raise DataError(f"{row.where}: no column {missing[0]!r} to rename.{nearest(missing[0], map(str, row.values))}")
+def _check_renames(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
+    """Every column to rename must stand in one of the first rows: JSON lines may leave out what they have no value for."""
+    found = {str(name) for row in rows for name in row.values}
+    missing = [name for name in columns if name not in found]
+    if rows and missing:
+        raise DataError(f"{rows[0].where}: no column {missing[0]!r} to rename.{nearest(missing[0], found)}")
+
+
+def _renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
+    """Values under their new names; a column that already had such a name makes room, wherever it stands."""
+    renamed = {columns[name]: value for name, value in values.items() if name in columns}
+    return {name: value for name, value in values.items() if name not in columns and name not in renamed} | renamed
 
 
 def kind_of(value: Any) -> str:

@@ -13,7 +13,7 @@ from equipoise.core.files import file_fingerprint, fingerprint
 from equipoise.core.prints import PromptPrints
 from equipoise.core.records import Record
 from equipoise.data import mixture
-from equipoise.data._read import Row, is_local, local_path, read, read_file, stem_of
+from equipoise.data._read import PEEKED, Row, is_local, local_path, read, read_file, stem_of
 from equipoise.data.accounting import Accounting
 from equipoise.data.prompts import other_prompts
 from equipoise.data.settings import DataSettings
@@ -22,8 +22,6 @@ from equipoise.data.sources._base import records, source
 from equipoise.data.verdicts import Judged
 
 STARTER = "starter"
-PEEKED = 20
-"""Rows looked at to tell the format."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def source_fingerprint(settings: DataSettings, dataset: Any = None) -> dict[str,
     else:
         digest = hashlib.sha256()
         for row in read(settings, dataset):
-            digest.update(fingerprint(dict(row.values)).encode())
+            digest.update(fingerprint(dict(row.values), foreign=True).encode())
         inputs["data"] = digest.hexdigest()[:16]
     for number, name in enumerate(settings.verdicts):
         inputs[f"verdicts {number}"] = file_fingerprint(name)

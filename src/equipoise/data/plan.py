@@ -39,6 +39,28 @@ def cost(lengths: tuple[int, tuple[int, ...]], shared: bool) -> int:
     return prompt + sum(branches) if shared else sum(prompt + branch for branch in branches)
 
 
+def first_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Numbers of the sizes in each bin: each goes into the first bin with room for it; one beyond the budget goes alone.
+
+    A tree holds the most room among the bins below each node, so a bin is found in log n: a whole epoch is cut at once.
+    """
+    leaves = 1 << (len(sizes) - 1).bit_length() if sizes else 0
+    room = [budget] * (2 * leaves)
+    bins: list[list[int]] = []
+    for index, size in enumerate(sizes):
+        node = 1 if size <= budget else leaves + len(bins)
+        while node < leaves:
+            node = 2 * node if room[2 * node] >= size else 2 * node + 1
+        if node - leaves == len(bins):
+            bins.append([])
+        bins[node - leaves].append(index)
+        room[node] -= size
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
+    return bins
+
+
 @dataclass(frozen=True)
 class Planner:
     """Makes the steps of an epoch.
@@ -74,8 +96,10 @@ class Planner:
         """The step with this number, counted from 0 over all epochs."""
         epoch, inside = divmod(number, self.steps_per_epoch)
         rows = [self._order(0, epoch)[inside * self.batch_size : (inside + 1) * self.batch_size]]
+        # Every stream gives as many rows as the first one, so the others go on where the steps before this one ended.
+        taken = epoch * len(self.lengths[0]) + inside * self.batch_size
         for stream in range(1, len(self.lengths)):
-            rows.append(self._cycle(stream, number * self.batch_size, len(rows[0])))
+            rows.append(self._cycle(stream, taken, len(rows[0])))
         ranks: list[list[MicroBatch]] = [[] for _ in range(self.world_size)]
         for stream, chosen in enumerate(rows):
             for rank, cuts in enumerate(self._spread(stream, chosen)):
@@ -127,24 +151,18 @@ class Planner:
 
     def _cut(self, stream: int, rows: Sequence[int]) -> list[list[int]]:
         """Cut rows (longest first) under the token budget: first fit; by neighbouring length where padding would count."""
-        bins: list[list[int]] = []
-        sizes: list[int] = []
+        if not self.padded:
+            bins = first_fit([self._cost(stream, row) for row in rows], self.token_budget)
+            return [[rows[index] for index in found] for found in bins]
+        cuts: list[list[int]] = []
         for row in rows:
-            size = self._cost(stream, row)
-            if self.padded:
-                width = max(self.lengths[stream][row][0] + branch for branch in self.lengths[stream][row][1])
-                longest = max(width, *(self._width(stream, other) for other in bins[-1])) if bins else width
-                replies = sum(len(self.lengths[stream][other][1]) for other in [*(bins[-1] if bins else []), row])
-                fits = len(bins) - 1 if bins and longest * replies <= self.token_budget else None
+            last = [*(cuts[-1] if cuts else []), row]
+            replies = sum(len(self.lengths[stream][other][1]) for other in last)
+            if len(last) > 1 and max(self._width(stream, other) for other in last) * replies <= self.token_budget:
+                cuts[-1].append(row)
             else:
-                fits = next((index for index, used in enumerate(sizes) if used + size <= self.token_budget), None)
-            if fits is None:
-                bins.append([row])
-                sizes.append(size)
-            else:
-                bins[fits].append(row)
-                sizes[fits] += size
-        return bins
+                cuts.append([row])
+        return cuts
 
     def _width(self, stream: int, row: int) -> int:
         prompt, branches = self.lengths[stream][row]

@@ -45,6 +45,8 @@ def prepare(settings: PrepareSettings, tokenizer: Any, dataset: Any = None, over
     An interrupted call leaves finished shards behind; the next one goes on after them and ends with the same bytes.
     Raises DataError where no row is left, and what `load`, `units` and `run_stage` raise.
     """
+    if isinstance(dataset, Iterator):
+        dataset = list(dataset)  # it is read twice: fingerprinted, then tokenised
     inputs = source_fingerprint(settings.data, dataset) | {"tokenizer": tokenizer_fingerprint(tokenizer)}
     # How many processes do it is no part of what is asked for: another number may go on with the same folder.
     wanted = {name: value for name, value in settings.resolved().items() if name != "dataset_num_proc"}

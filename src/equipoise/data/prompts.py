@@ -65,8 +65,8 @@ def save(path: str | Path, prompts: Iterable[Mapping[str, Any]]) -> int:
 def other_prompts(name: str) -> PromptPrints:
     """Prints of the prompts of any source, by first turn and by whole conversation, to keep data apart from them.
 
-    name: a `trained_on.npz`; a JSON array of texts; a file, folder or hub set with a `prompt` column or in a known
-    format; 'starter' (its evaluation prompts), 'starter:dev', 'starter:train' or 'starter:judge' (its pairs).
+    name: a `trained_on.npz`; a JSON array of texts; a file, folder (all its splits) or hub set with a `prompt` column or in
+    a known format; 'starter' (its evaluation prompts), 'starter:dev', 'starter:train' or 'starter:judge' (its pairs).
     """
     if name.endswith(".npz"):
         return PromptPrints.load(name)
@@ -107,7 +107,8 @@ def _prompts_of(name: str) -> list[tuple[Message, ...]]:
         values = read_json(name)
         if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
             return [parse_prompt(value) for value in values]
-    settings = DataSettings(dataset_name=name)
+    # What must not be met again may stand in any split.
+    settings = DataSettings(dataset_name=name, dataset_split="all" if Path(name).expanduser().is_dir() else None)
     return _from_rows(name, read(settings), settings)
 
 

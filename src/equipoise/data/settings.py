@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -20,9 +21,15 @@ class DataSettings(Settings):
         default="starter", description="hub name, local file (.jsonl, .jsonl.gz, .json, .parquet, .csv), folder of such files, or 'starter'"
     )
     dataset_config_name: str | None = Field(default=None, description="configuration of a hub data set; of 'starter': train or judge")
-    dataset_split: str | None = Field(default=None, description="split of a hub data set (default: train) or of a folder of files")
+    dataset_split: str | None = Field(
+        default=None,
+        description="split of a hub data set, or of a folder whose files or folders are named by split, or all; default: train where there "
+        "are several, else the whole folder",
+    )
     format: str = Field(default="auto", description="name of a file in data/sources; auto: told from the columns")
-    columns: dict[str, str] = Field(default={}, description="renames columns before reading: {theirs: ours}")
+    columns: dict[str, str] = Field(
+        default={}, description="renames columns before reading: {theirs: ours}; a column already called so gives way"
+    )
     part: Part = Field(default="all", description="which part of the split by prompt cluster to keep")
     split_fractions: tuple[float, float, float] = Field(default=(0.8, 0.1, 0.1), description="shares of train, dev and test, summing to 1")
     split_seed: int = Field(default=0, description="another seed, another split")
@@ -55,6 +62,15 @@ class DataSettings(Settings):
         """Shares must be shares."""
         if min(self.split_fractions) < 0 or abs(sum(self.split_fractions) - 1) > 1e-6:
             raise ValueError("split_fractions must be three shares that sum to 1")
+        return self
+
+    @model_validator(mode="after")
+    def _renames(self) -> Self:
+        """Two columns cannot become one."""
+        for ours, times in Counter(self.columns.values()).items():
+            if times > 1:
+                both = " and ".join(theirs for theirs, name in self.columns.items() if name == ours)
+                raise ValueError(f"columns: {both} to one {ours}")
         return self
 
 

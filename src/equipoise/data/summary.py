@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from equipoise.core.errors import DataError
 from equipoise.core.records import Record
 from equipoise.data._encode import Encoder
 from equipoise.data.load import load
@@ -21,7 +22,8 @@ SAMPLE_CHARACTERS = 600
 def summarise(settings: PrepareSettings, tokenizer: Any = None, dataset: Any = None, samples: int = 3) -> dict[str, Any]:
     """Everything `data inspect` shows, as plain data.
 
-    With a tokenizer also lengths in tokens (before the limit) and the accounting of tokenising for the roles found.
+    With a tokenizer also lengths in tokens (before the limit) and the accounting of tokenising for the roles found, or why it
+    is not possible.
     samples: so many records, evenly spread over the data. Raises what `load` raises.
     """
     loaded = load(settings.data, dataset)
@@ -48,11 +50,14 @@ def summarise(settings: PrepareSettings, tokenizer: Any = None, dataset: Any = N
         },
     }
     if tokenizer is not None and records:
-        result["lengths"]["tokens"] = _token_lengths(records, Encoder(tokenizer, settings.tokenise))
         roles = roles_of(records)
-        rows, accounting = tokenise(records, tokenizer, settings.tokenise, roles, settings.facts)
-        result["tokenised"] = {"roles": list(roles), "rows": len(rows), "max_length": settings.tokenise.max_length}
-        result["tokenised"]["accounting"] = accounting.as_json()
+        result["tokenised"] = {"roles": list(roles), "max_length": settings.tokenise.max_length}
+        try:
+            result["lengths"]["tokens"] = _token_lengths(records, Encoder(tokenizer, settings.tokenise))
+            rows, accounting = tokenise(records, tokenizer, settings.tokenise, roles, settings.facts)
+            result["tokenised"] |= {"rows": len(rows), "accounting": accounting.as_json()}
+        except DataError as error:  # such as one prompt only, where KTO wants replies to others: the rest is worth seeing
+            result["tokenised"]["error"] = str(error)
     step = max(1, len(records) // max(1, samples))
     result["samples"] = [_sample(record) for record in records[::step][:samples]]
     return result

@@ -63,19 +63,39 @@ def prompt_ids(messages: Sequence[Message], tokenizer: Any, settings: TokeniseSe
     return prompts_ids([messages], tokenizer, settings, room)[0]
 
 
-def prompts_ids(conversations: Sequence[Sequence[Message]], tokenizer: Any, settings: TokeniseSettings, room: int = 0) -> list[Ids]:
-    """`prompt_ids` of many prompts at once. Raises DataError for one the template refuses, or that cannot be shortened enough."""
+def prompts_ids(
+    conversations: Sequence[Sequence[Message]],
+    tokenizer: Any,
+    settings: TokeniseSettings,
+    room: int = 0,
+    names: Sequence[str] | None = None,
+) -> list[Ids]:
+    """`prompt_ids` of many prompts at once. Raises DataError for one the template refuses, or that cannot be shortened enough.
+
+    names: what the error calls each prompt; None: its number, from 1.
+    """
+    result: list[Ids] = []
+    for number, ids in enumerate(fitted_prompts(conversations, tokenizer, settings, [room] * len(conversations))):
+        if isinstance(ids, str):
+            reason = f"it does not fit into {settings.max_length - room} tokens" if ids == OVER_LIMIT else ids
+            called = number + 1 if names is None else repr(names[number])
+            raise DataError(f"Prompt {called} ({conversations[number][-1].content[:60]!r}) cannot be used: {reason}.")
+        result.append(ids)
+    return result
+
+
+def fitted_prompts(
+    conversations: Sequence[Sequence[Message]], tokenizer: Any, settings: TokeniseSettings, rooms: Sequence[int]
+) -> list[Ids | str]:
+    """`prompt_ids` of many prompts, each with room for a reply of its own; the reason (REFUSED, OVER_LIMIT) where there are none."""
     encoder = Encoder(tokenizer, settings)
     asked = [encoder.renderer.with_system(tuple(messages)) for messages in conversations]
-    result: list[Ids] = []
-    for number, (conversation, prompt) in enumerate(zip(asked, encoder.prompts(asked), strict=True), 1):
-        ids = None if prompt is None else prompt[1]
-        if ids is not None and len(ids) > settings.max_length - room:
-            ids = encoder.shorten([conversation], [settings.max_length - room])[0]
-        if ids is None:
-            reason = REFUSED if prompt is None else f"it does not fit into {settings.max_length - room} tokens"
-            raise DataError(f"Prompt {number} ({conversation[-1].content[:60]!r}) cannot be used: {reason}.")
-        result.append(np.asarray(ids, dtype=np.int32))
+    budgets = [settings.max_length - room for room in rooms]
+    found = [None if prompt is None else prompt[1] for prompt in encoder.prompts(asked)]
+    result: list[Ids | str] = [REFUSED if ids is None else np.asarray(ids, dtype=np.int32) for ids in found]
+    long = [at for at, ids in enumerate(found) if ids is not None and len(ids) > budgets[at]]
+    for at, short in zip(long, encoder.shorten([asked[at] for at in long], [budgets[at] for at in long]), strict=True):
+        result[at] = OVER_LIMIT if short is None else np.asarray(short, dtype=np.int32)
     return result
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 from equipoise.core.errors import DataError
@@ -22,6 +23,7 @@ Style = Literal["chat", "plain", "pair"]
 _MARKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _NAMES = {"user": "Human", "assistant": "Assistant"}
 CUE = "\n\nAssistant:"
+_SENTINEL = "\ue000"  # a private character, which no template writes
 
 NOT_PREFIX_STABLE = "the chat template rewrites the prompt once a reply follows; the reply was put after the generation prompt"
 SYSTEM_FOLDED = "the chat template takes no system turn; it was put before the first user turn"
@@ -35,9 +37,10 @@ def is_transcript(text: str) -> bool:
 def parse(text: str) -> Conversation | None:
     """The turns of a plain transcript, contents stripped; None where it does not begin with a role marker.
 
-    A marker counts at the start of the text or after a blank line, nowhere else. Empty turns are kept (empty).
+    A marker counts at the start of the text or after a blank line, nowhere else; lines may end as on Windows. Empty turns
+    are kept (empty).
     """
-    pieces = _MARKER.split(text)
+    pieces = _MARKER.split(text.replace("\r\n", "\n").replace("\r", "\n"))
     if pieces[0].strip() or len(pieces) < 3:
         return None
     turns = zip(pieces[1::2], pieces[2::2], strict=True)
@@ -116,13 +119,21 @@ class Renderer:
             suffix = full[len(prompt) :]
         else:
             # Some templates rewrite earlier turns, or drop the generation prompt, once a reply follows. The prompt must
-            # stay what generation sees, so only the reply and the template's ending are taken from the whole text.
+            # stay what generation sees, so the reply is put after it, and what the template ends replies with after that.
             self.notes[NOT_PREFIX_STABLE] += 1
-            at = -1 if full is None else full.rfind(reply.strip())
-            suffix = reply.strip() + (full[at + len(reply.strip()) :] if full is not None and at >= 0 else "")
+            suffix = reply.strip() + self._ending
         trimmed = suffix.rstrip()
         ended = bool(self.special_texts) and trimmed.endswith(self.special_texts)
         return (trimmed if ended else suffix), ended
+
+    @cached_property
+    def _ending(self) -> str:
+        """What the chat template writes after a reply; empty where it cannot be told. A reply's own text might occur in it."""
+        try:
+            (full,) = self._apply([_dicts((Message("user", "a"), Message("assistant", _SENTINEL)))], add_generation_prompt=False)
+        except Exception:  # a template raises whatever it likes
+            return ""
+        return full.partition(_SENTINEL)[2]
 
     def _chat(self, conversations: Sequence[Conversation], add_generation_prompt: bool) -> list[str | None]:
         """Rendered by the chat template, in one call where it takes them all, else one by one."""

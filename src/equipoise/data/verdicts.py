@@ -35,6 +35,15 @@ def completions(records: Iterable[Record], encoder: Encoder | None = None) -> It
             yield {"id": name, "prompt": turns, "text": reply.text, "token_ids": ids}
 
 
+def verdict(row: Any) -> tuple[str, str, float | None]:
+    """(id, by, value) of a line of `verdicts.jsonl`. Raises DataError for one that is none."""
+    try:
+        value = row["value"]
+        return str(row["id"]), str(row["by"]), None if value is None else float(value)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"Not a verdict: {str(row)[:120]!r}. Each line needs `id`, `by` and `value`, a number or null.") from error
+
+
 class Judged:
     """Gives a record's replies the scores and safety flags that the settings say; replies without a verdict are counted."""
 
@@ -44,10 +53,10 @@ class Judged:
         for path in settings.verdicts:
             if not Path(path).is_file():
                 raise DataError(f"{path} does not exist. Give a verdicts.jsonl file.")
-            for row in read_jsonl(path):
-                known = self._values.setdefault(str(row["id"]), {})
-                if row["value"] is not None:
-                    known[str(row["by"])] = float(row["value"])
+            for name, by, value in read_jsonl(path, verdict):
+                known = self._values.setdefault(name, {})
+                if value is not None:
+                    known[by] = value
         rule = re.match(RULE, settings.safe_when or "")
         self._rule = None if rule is None else (rule[1], COMPARED[rule[2]], float(rule[3]))
 

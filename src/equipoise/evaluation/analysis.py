@@ -50,6 +50,7 @@ def analyse(source: Source, settings: EvaluateSettings) -> dict[str, Any]:
     return {
         "schema_version": 1,
         "baseline": table.baseline,
+        "confidence": settings.confidence,
         "headline": None if source.independence.withheld else _headline(compared, shown, table),
         "metrics": {name: _described(metric, flags[name], table) for name, metric in shown.items()},
         "models": {
@@ -151,7 +152,8 @@ def _warnings(
 ) -> list[str]:
     table, found = source.table, []
     for name, metric in shown.items():
-        lacking = [f"{model} {item.missing}" for model, item in estimates[name].items() if item.missing]
+        # A model without any was not asked: the base has no divergence from itself, nor a null policy one.
+        lacking = [f"{model} {item.missing}" for model, item in estimates[name].items() if item.missing and item.n]
         if lacking:
             found.append(f"{metric.title}: prompts without a verdict, left out of the figure: {', '.join(lacking)}.")
         if swept.get(name):
@@ -162,6 +164,8 @@ def _warnings(
         found.append(
             f"HmR, HpR and CAS: the thresholds {limits} were chosen for {THRESHOLD_JUDGE}; on another judge's scale they mean little."
         )
+    if table.baseline is None:
+        found.append("There is no baseline among these models: no win rate is given, and no headline but the contrasts named beforehand.")
     if not any(model.kind == "null" for model in table.models.values()):
         found.append("No null policy (always refuse, echo, empty, a random reply) stands in this table, so no metric could be flagged.")
     if not table.passing.reproduction:

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from equipoise.evaluation.intervals import Estimate, Floats, bonett_price, bootstrap, present, rate, rounded
+from equipoise.evaluation.intervals import SMALL, Estimate, Floats, about_mean, bonett_price, bootstrap, present, rate, rounded
 from equipoise.evaluation.metrics._base import Metric, preferred
 from equipoise.evaluation.paired import Word, holm, mcnemar, sign_flip, verdict
 from equipoise.evaluation.power import needed_mean, needed_rate
 from equipoise.evaluation.scores import ModelReplies, ScoreTable, over_seeds
 from equipoise.evaluation.settings import EvaluateSettings
+
+_SAME = 1e-5  # so little a reward may change by rounding, in a batch of another shape
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Comparison:
 
     n: prompts with a value of both. missing: prompts without. difference, low, high, margin in `unit`. noise: standard
     error of the difference times √n, in `unit`: what one prompt adds. discordance: share of prompts that differ, where the
-    test is McNemar's. by_seed: the difference seed by seed, where there are several.
+    test is McNemar's. differing: how many prompts differ, for means. by_seed: the difference seed by seed, where there are several.
     """
 
     a: str
@@ -44,6 +46,7 @@ class Comparison:
     prob_a_better: Estimate | None = None
     noise: float | None = None
     discordance: float | None = None
+    differing: int | None = None
     verdict: Word = "undecided"
     reason: str = "no prompt has a verdict of both"
     n_needed: int | None = field(default=None)
@@ -90,9 +93,10 @@ def compare(table: ScoreTable, name: str, metric: Metric, a: str, b: str, settin
         p=p,
         test=f"{by_test}; {by_interval}",
         by_seed=_by_seed(metric, table.models[a], table.models[b], values_a, values_b),
-        prob_a_better=_prob_a_better(table, metric, a, b) if metric.preference else None,
+        prob_a_better=_prob_a_better(table, metric, a, b, settings.confidence) if metric.preference else None,
         noise=scale * math.sqrt(variance * n),
         discordance=discordance,
+        differing=None if metric.kind == "rate" else sum(int((np.abs(sample) > _SAME).sum()) for sample in samples),
     )
 
 
@@ -107,7 +111,7 @@ def _decided(item: Comparison, settings: EvaluateSettings) -> Comparison:
     if item.difference is None or item.p is None:
         return item
     p = item.p if item.p_holm is None else item.p_holm
-    word, reason = verdict(item.low, item.high, item.n, item.margin, p, settings.alpha, item.by_seed)
+    word, reason = verdict(item.low, item.high, item.n, item.margin, p, settings.alpha, item.by_seed, item.differing, settings.confidence)
     # More prompts do not make seeds agree, so only a p that is too large asks for them.
     needed = _needed(item, settings) if word == "undecided" and p >= settings.alpha else None
     return replace(item, verdict=word, reason=reason, n_needed=needed)
@@ -136,8 +140,12 @@ def _interval(
     constant = any(np.ptp(sample) == 0 for sample in samples)
     if metric.kind == "rate" and (len(samples) == 1 or constant):
         return *bonett_price(samples, weights, settings.confidence), "Bonett-Price interval"
-    low, high = bootstrap(samples, weights, settings.confidence, settings.resamples, settings.seed) or (None, None)
-    return low, high, f"{'stratified ' if len(samples) > 1 else ''}paired bootstrap (BCa)"
+    if len(samples) > 1:
+        low, high = bootstrap(samples, weights, settings.confidence, settings.resamples, settings.seed) or (None, None)
+        return low, high, "stratified paired bootstrap (BCa)"
+    low, high = about_mean(samples[0], settings.confidence, settings.resamples, settings.seed) or (None, None)
+    few = ", no narrower than Student's t" if len(samples[0]) < SMALL else ""
+    return low, high, f"paired bootstrap (BCa){few}"
 
 
 def _test(
@@ -170,13 +178,13 @@ def _by_seed(
     return tuple(found)
 
 
-def _prob_a_better(table: ScoreTable, metric: Metric, a: str, b: str) -> Estimate:
+def _prob_a_better(table: ScoreTable, metric: Metric, a: str, b: str, confidence: float) -> Estimate:
     """P(A better than B) by reward, ties half, averaged over the seeds of a prompt; Wilson's interval over prompts."""
     values: list[float | None] = []
     for pairs in table.pairs(metric.parts[0].axes, a, b):
-        outcomes = [outcome for outcome in (preferred(left, right) for left, right in pairs) if outcome is not None]
+        outcomes = [outcome for outcome in (preferred(left, right, table.passing) for left, right in pairs) if outcome is not None]
         values.append(sum(outcomes) / len(outcomes) if outcomes else None)
-    return rate([np.nan if value is None else value for value in values], unit="")
+    return rate([np.nan if value is None else value for value in values], unit="", confidence=confidence)
 
 
 def median_noise(comparisons: Iterable[Comparison], metric: str) -> Mapping[str, float]:

@@ -7,13 +7,20 @@ difference of these. Prompts are the units that are sampled; several seeds are a
 figure                 interval (95 % unless told otherwise)
 =====================  ==========================================================================================
 a rate                 Wilson's score interval (1927)
-a mean                 bootstrap over prompts, BCa (Efron 1987)
+a mean                 bootstrap over prompts, BCa (Efron 1987); below 50 prompts, at each end, the wider of it and
+                       Student's t
 a mean of rates (CAS)  stratified bootstrap, BCa; where a sample is all equal, Wilson intervals combined by MOVER
-a paired difference    paired bootstrap over prompts, BCa
+a paired difference    paired bootstrap over prompts, BCa; below 50 prompts, at each end, the wider of it and Student's t
 of means
 a paired difference    Bonett and Price (2012): Wald after adding one prompt won and one lost to each sample, so that no
 of rates               discordant prompt still leaves doubt; recommended by Fagerland, Lydersen and Laake (2014)
 =====================  ==========================================================================================
+
+A bootstrap of few values is too narrow: in 4,000 simulated samples of n normal values, BCa's 95 % intervals held the mean in
+51, 83, 91, 92 and 95 % at n = 2, 5, 10, 20 and 50; of exponential values in 45, 79, 87, 91 and 94 %. With Student's t as the
+least reach they hold normal means in 95 %, exponential ones in 91, 88, 91 and 94 % at n = 2, 5, 10 and 20. Rates do not need
+it: Wilson and Bonett–Price allow for few prompts, and the stratified bootstrap of two samples of 5 to 50 verdicts held the true
+CAS, or difference of CAS, in 93 % or more.
 """
 
 from __future__ import annotations
@@ -25,12 +32,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtr, ndtri
+from scipy.special import ndtr, ndtri, stdtrit
 
 from equipoise.core.errors import UsageError
 
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]
+
+SMALL = 50
+"""Values below which a bootstrap of their mean is too narrow on its own."""
 
 _CELLS = 4_000_000  # random numbers drawn in one go: keeps memory flat at some tens of megabytes
 
@@ -155,6 +165,16 @@ def bootstrap(
     return float(low), float(high)
 
 
+def about_mean(sample: Floats, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval | None:
+    """Interval of a mean: BCa; of fewer than SMALL values the wider, at each end, of BCa and Student's t. None for fewer than 2."""
+    drawn = bootstrap([sample], (1.0,), confidence, resamples, seed)
+    if drawn is None or len(sample) >= SMALL:
+        return drawn
+    centre, error = float(sample.mean()), float(sample.std(ddof=1)) / math.sqrt(len(sample))
+    half = float(stdtrit(len(sample) - 1, 0.5 + confidence / 2)) * error
+    return min(drawn[0], centre - half), max(drawn[1], centre + half)
+
+
 def _resampled(samples: Sequence[Floats], weights: Sequence[float], resamples: int, seed: int) -> Floats:
     """[resamples] figures, drawn in chunks."""
     generator = np.random.default_rng(seed)
@@ -180,13 +200,13 @@ def rate(values: ArrayLike, unit: str = "%", confidence: float = 0.95) -> Estima
 
 
 def mean(values: ArrayLike, unit: str, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Estimate:
-    """The mean of values (NaN or None: missing) with its BCa bootstrap interval over prompts."""
+    """The mean of values (NaN or None: missing) with its interval over prompts."""
     array = np.asarray(values, dtype=np.float64)
     known = present(array)
     missing = len(array) - len(known)
     if not len(known):
         return Estimate(None, unit, 0, None, None, missing)
-    low, high = bootstrap([known], (1.0,), confidence, resamples, seed) or (None, None)
+    low, high = about_mean(known, confidence, resamples, seed) or (None, None)
     return Estimate(float(known.mean()), unit, len(known), low, high, missing)
 
 

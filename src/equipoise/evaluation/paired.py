@@ -2,9 +2,11 @@
 
 real        p < α (adjusted by Holm among the contrasts named as primary beforehand), and where there are several seeds,
             every seed's difference has the same sign
-equivalent  the whole 95 % interval of the difference lies inside ± a margin set beforehand. This is two one-sided tests
-            at 2.5 % each, stricter than the usual 5 % (a 90 % interval), so that the interval shown is the one that decides.
-            It comes before `real`: a difference may be beyond chance and still be too small to matter
+equivalent  the whole interval of the difference (95 %, unless `confidence` says otherwise; below 90 % it is refused) lies
+            inside ± a margin set beforehand. At 95 % this is two one-sided tests at 2.5 % each, stricter than the usual 5 %
+            (a 90 % interval), so that the interval shown is the one that decides. Fewer than ten prompts never suffice; for
+            means (rewards, lengths, KL) ten must differ, since a bootstrap of almost equal values has hardly any width. It
+            comes before `real`: a difference may be beyond chance and still be too small to matter
 undecided   neither: then `power.py` says how many prompts it would take
 """
 
@@ -22,7 +24,7 @@ from equipoise.evaluation.intervals import Floats
 Word = Literal["real", "equivalent", "undecided"]
 
 MINIMUM = 10
-"""Prompts below which no two models are called equivalent: an interval from so few is not to be trusted."""
+"""Prompts below which no two models are called equivalent: an interval from so few is not to be trusted. For means, prompts that differ."""
 
 _EXACT = 14  # up to so many prompts that differ, all 2^n sign patterns are counted
 _CELLS = 4_000_000
@@ -89,15 +91,33 @@ def verdict(
     p: float | None,
     alpha: float = 0.05,
     differences: Sequence[float | None] = (),
+    differing: int | None = None,
+    confidence: float = 0.95,
 ) -> tuple[Word, str]:
-    """The word, and the reason for it in a sentence. low, high and margin in the same unit; p already adjusted if primary."""
+    """The word, and the reason for it in a sentence. low, high and margin in the same unit; p already adjusted if primary.
+
+    differing: prompts on which the models differ, for a mean; None for rates, whose interval does not take its width from them.
+    """
     if low is None or high is None or p is None:
         return "undecided", "too few prompts with both verdicts"
-    if margin is not None and -margin < low and high < margin and n >= MINIMUM:
+    doubt = "" if margin is None else _doubt(low, high, n, margin, differing)
+    if margin is not None and not doubt:
         beyond = " (and differs from zero beyond chance)" if p < alpha else ""
-        return "equivalent", f"the interval lies inside ±{margin:g}, the margin set beforehand{beyond}"
+        return "equivalent", f"the {100 * confidence:g} % interval lies inside ±{margin:g}, the margin set beforehand{beyond}"
     if p >= alpha:
-        return "undecided", f"p = {p:.2g} is not below {alpha:g}" + ("" if margin is None else f", and the interval leaves ±{margin:g}")
+        return "undecided", f"p = {p:.2g} is not below {alpha:g}" + (f", and {doubt}" if doubt else "")
     if not agree(differences):
         return "undecided", f"p = {p:.2g}, but the seeds do not agree in sign"
     return "real", f"p = {p:.2g} is below {alpha:g}" + (", and every seed agrees in sign" if len(differences) > 1 else "")
+
+
+def _doubt(low: float, high: float, n: int, margin: float, differing: int | None) -> str:
+    """Why two models cannot be called equivalent; empty where they can."""
+    if not (-margin < low and high < margin):
+        return f"the interval leaves ±{margin:g}"
+    if n < MINIMUM:
+        return f"{n} prompts are too few to call them equivalent"
+    if differing is not None and differing < MINIMUM:
+        few = "no prompt differs" if not differing else "only 1 prompt differs" if differing == 1 else f"only {differing} prompts differ"
+        return f"{few}, too few to know the spread"
+    return ""

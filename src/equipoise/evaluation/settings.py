@@ -49,7 +49,9 @@ class EvaluateSettings(Settings):
     rate_margin: float | None = Field(default=5.0, gt=0, description="margin of every rate not named in `margins`, percentage points")
     alpha: float = Field(default=0.05, gt=0, lt=1, description="largest p called real")
     power: float = Field(default=0.8, gt=0, lt=1, description="power of detectable differences and prompts needed")
-    confidence: float = Field(default=0.95, gt=0, lt=1, description="coverage of intervals")
+    confidence: float = Field(
+        default=0.95, ge=0.9, lt=1, description="coverage of intervals; they decide what is equivalent, so not below the usual 90 %"
+    )
     resamples: int = Field(default=10_000, ge=1000, description="bootstrap draws")
     flips: int = Field(default=20_000, ge=1000, description="sign-flip draws where not all patterns are counted")
     seed: int = Field(default=0, ge=0, description="seed of bootstrap and sign-flip draws")

@@ -71,9 +71,12 @@ class Completion:
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Completion:
-        """Read back one line of `completions.jsonl`. Raises DataError naming the row."""
+        """Read back one line of `completions.jsonl`; an id may be a number. Raises DataError naming the row."""
         try:
-            return cls(**{**row, "prompt": messages_from(row["prompt"]), "token_ids": tuple(row.get("token_ids", ()))})
+            if not isinstance(row["text"], str):
+                raise TypeError("`text` is no text")
+            read = {"id": str(row["id"]), "prompt": messages_from(row["prompt"]), "token_ids": tuple(row.get("token_ids", ()))}
+            return cls(**{**row, **read})
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"Not a completion: {str(row)[:120]!r} ({error}).") from error
 

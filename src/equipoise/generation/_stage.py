@@ -48,8 +48,8 @@ def generate(settings: GenerateSettings, overwrite: bool = False) -> Run:
 
 
 def read_completions(path: str | Path) -> list[Completion]:
-    """The completions of a `completions.jsonl` file, in order."""
-    return [Completion.from_json(row) for row in read_jsonl(path)]
+    """The completions of a `completions.jsonl` file, in order. Raises DataError with file and line."""
+    return read_jsonl(path, Completion.from_json)
 
 
 def _answer(folder: Path, generator: Generator, prompts: Sequence[Prompt], sampling: Sampling) -> Mapping[str, Any]:

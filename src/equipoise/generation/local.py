@@ -147,10 +147,12 @@ class LocalGenerator(Generator):
         if sampling.max_new_tokens >= limit:
             raise UsageError(f"max_new_tokens is {sampling.max_new_tokens}, but prompt and reply together have {limit} tokens.")
         conversations = [prompt.messages for prompt in prompts]
-        whole = prompts_ids(conversations, self._tokenizer, self._tokenise.model_copy(update={"max_length": _NO_LIMIT}))
+        names = [prompt.id for prompt in prompts]
+        whole = prompts_ids(conversations, self._tokenizer, self._tokenise.model_copy(update={"max_length": _NO_LIMIT}), names=names)
         long = [index for index, ids in enumerate(whole) if len(ids) + sampling.max_new_tokens > limit]
         settings = self._tokenise.model_copy(update={"max_length": limit})
-        cut = prompts_ids([conversations[index] for index in long], self._tokenizer, settings, room=sampling.max_new_tokens)
+        asked, names = [conversations[index] for index in long], [names[index] for index in long]
+        cut = prompts_ids(asked, self._tokenizer, settings, room=sampling.max_new_tokens, names=names)
         self._cut.update(prompts[index].id for index in long)
         for index, ids in zip(long, cut, strict=True):
             whole[index] = ids

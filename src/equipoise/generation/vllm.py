@@ -65,7 +65,8 @@ class VllmGenerator(Generator):
         """One completion per prompt, in order; each has a seed of its own, as with the other generators."""
         check_ids(prompts)
         conversations = [prompt.messages for prompt in prompts]
-        ids = prompts_ids(conversations, self._tokenizer, self._settings.tokenise, room=sampling.max_new_tokens)
+        names = [prompt.id for prompt in prompts]
+        ids = prompts_ids(conversations, self._tokenizer, self._settings.tokenise, room=sampling.max_new_tokens, names=names)
         inputs = [{"prompt_token_ids": item.tolist()} for item in ids]
         outputs = self._engine.generate(inputs, [self._sampling(prompt, sampling) for prompt in prompts])
         return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -48,19 +49,25 @@ def build(spec: Mapping[str, Any]) -> Objective:
 
 
 def class_from_file(path: str | Path) -> type[Objective]:
-    """The one Objective defined in a user's Python file. The file is run: it is the user's own code, named by the user."""
+    """The one Objective defined in a user's Python file. The file is run: it is the user's own code, named by the user.
+
+    Raises UsageError where there is no such file, it fails (naming the error), or it defines none or several.
+    """
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"{path} does not exist.")
-    spec = importlib.util.spec_from_file_location(f"equipoise_user_{path.stem}", path)
+    # Annotations that are text (`from __future__ import annotations`) and dataclasses look their module up by its name.
+    name = f"equipoise_user_{path.stem}_{fingerprint(str(path.resolve()))}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UsageError(f"{path} is not a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
+        spec.loader.exec_module(module)
         return objective_class(module)
-    except TypeError as error:
-        raise UsageError(f"{path}: {error}") from error
+    except Exception as error:  # it is the user's code, and raises whatever it likes
+        del sys.modules[name]
+        raise UsageError(f"{path} cannot be used as an objective: {type(error).__name__}: {error}") from error
 
 
 def code_fingerprint(written: Any) -> str:

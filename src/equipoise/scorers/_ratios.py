@@ -17,7 +17,7 @@ from equipoise.data._encode import Encoder
 from equipoise.data.accounting import Accounting
 from equipoise.data.rows import Branch, TokenRow
 from equipoise.data.settings import TokeniseSettings
-from equipoise.data.tokenise import prompt_ids, prompts_ids, tokenise_units
+from equipoise.data.tokenise import OVER_LIMIT, fitted_prompts, tokenise_units
 from equipoise.generation._base import Completion
 from equipoise.generation._text import model_inputs
 from equipoise.scorers._base import ScorerSettings
@@ -25,7 +25,6 @@ from equipoise.scorers._base import ScorerSettings
 Floats = NDArray[np.float64]
 Text = Literal["never", "missing", "always"]
 NO_TOKENS = "no token ids"
-_NO_LIMIT = 2**31
 _FEW = 12
 """Rows with no prompt in common up to which packing is not tried: it would cost more than it saves."""
 _TOLERANCE = 1e-4
@@ -102,14 +101,13 @@ class LogRatios:
         found |= self._rows_of_texts(completions, rest) if self._text != "never" else dict.fromkeys(rest, NO_TOKENS)
         return [found[number] for number in range(len(completions))]
 
-    def _rows_of_ids(self, completions: Sequence[Completion], numbers: Sequence[int]) -> Iterator[TokenRow]:
-        unlimited = self._tokenise.model_copy(update={"max_length": _NO_LIMIT})
-        prompts = prompts_ids([completions[number].prompt for number in numbers], self.tokenizer, unlimited) if numbers else []
-        for number, prompt in zip(numbers, prompts, strict=True):
-            item = completions[number]
-            if len(prompt) + len(item.token_ids) > self._tokenise.max_length:
-                prompt = prompt_ids(item.prompt, self.tokenizer, self._tokenise, room=len(item.token_ids))
-            yield token_row(str(number), prompt, item.token_ids)
+    def _rows_of_ids(self, completions: Sequence[Completion], numbers: Sequence[int]) -> Iterator[TokenRow | str]:
+        """Rows of the very tokens that were generated, or the reason for which their prompt cannot stand before them."""
+        items = [completions[number] for number in numbers]
+        rooms = [len(item.token_ids) for item in items]
+        prompts = fitted_prompts([item.prompt for item in items], self.tokenizer, self._tokenise, rooms) if items else []
+        for number, item, prompt in zip(numbers, items, prompts, strict=True):
+            yield self._reason(prompt) if isinstance(prompt, str) else token_row(str(number), prompt, item.token_ids)
 
     def _rows_of_texts(self, completions: Sequence[Completion], numbers: Sequence[int]) -> dict[int, TokenRow | str]:
         """Rows as training makes them of a prompt and a reply, or the reason for which training would drop one."""
@@ -119,8 +117,11 @@ class LogRatios:
             accounting = Accounting()
             item = completions[number]
             rows = tokenise_units([Record(str(number), item.prompt, (Reply(item.text, "sample"),))], encoder, accounting)
-            found[number] = rows[0] if rows else f"{next(iter(accounting.dropped))} ({self._tokenise.max_length} tokens)"
+            found[number] = rows[0] if rows else self._reason(next(iter(accounting.dropped)))
         return found
+
+    def _reason(self, why: str) -> str:
+        return f"{why} ({self._tokenise.max_length} tokens)" if why == OVER_LIMIT else why
 
     def _read(self, model: Any, rows: Sequence[TokenRow], read: Callable[[Any, Any], Any] | None = None) -> dict[str, Floats]:
         """What `read` (None: the log-probs) says of each reply's tokens, [T] by the row's id."""

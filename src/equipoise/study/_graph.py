@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from equipoise.core.files import fingerprint
+from equipoise.core.files import file_fingerprint, fingerprint
 from equipoise.study.settings import JudgeSettings, PromptSource, StageSettings, StreamReference, StudySettings
 
 Kind = Literal["train", "held_out", "generate", "score"]
@@ -151,7 +151,9 @@ def _train(study: StudySettings, stage: StageSettings, seed: int, previous: Node
     streams = stage.references()
     recipe = {
         "start": start.key if start else study.model_name_or_path,
-        "streams": [{**stream.resolved(), "data": [study.data[block].resolved() for block in stream.data]} for stream in streams],
+        "streams": [
+            {**stream.resolved(), "data": [study.data[block].resolved() for block in stream.data], **_code(stream)} for stream in streams
+        ],
         "dev": stage.dev,
         "training": training,
         "seed": seed,
@@ -159,6 +161,18 @@ def _train(study: StudySettings, stage: StageSettings, seed: int, previous: Node
     if reference != "start":
         recipe["reference"] = reference.key if isinstance(reference, Node) else reference
     return Node(fingerprint(recipe), "train", _plain(stage.title), seed, start, streams, training, dev=stage.dev, reference=reference)
+
+
+def _code(stream: StreamReference) -> dict[str, str]:
+    """What is in the file of an objective of the user's own, where it has one: an edited loss is another stage."""
+    file = stream.objective.get("file")
+    return {"code": file_fingerprint(str(file))} if file and Path(str(file)).is_file() else {}
+
+
+def objective_files(study: StudySettings) -> dict[str, str]:
+    """Every file with an objective that an arm is trained with, and the fingerprint of what is in it."""
+    streams = [stream for arm in study.arms for stage in study.arm_stages(arm) for stream in stage.references()]
+    return {str(stream.objective["file"]): code["code"] for stream in streams if (code := _code(stream))}
 
 
 def _ask(study: StudySettings, name: str, model: Node | None, seed: int, policy: str | None, search: Sequence[PromptSource] = ()) -> Node:

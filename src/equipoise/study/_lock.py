@@ -10,12 +10,13 @@ from typing import Any
 from equipoise.core.errors import StageError
 from equipoise.core.files import fingerprint, read_json, write_json
 from equipoise.core.progress import say
+from equipoise.study._graph import objective_files
 from equipoise.study.settings import StudySettings
 
 LOCK = "study.lock.json"
 _SHOWN = 12
 # Binding: these may not change under results that are already there. The rest of the lock is for the reader.
-_BINDING = ("study", "prompts", "package_version")
+_BINDING = ("study", "prompts", "objective_files", "package_version")
 
 
 def write_lock(
@@ -31,6 +32,7 @@ def write_lock(
         "package_version": metadata.version("equipoise"),
         "study": study.resolved(),
         "prompts": {"fingerprint": fingerprint(list(prompts)), "n": len(prompts)},
+        "objective_files": objective_files(study),
         "primary": [contrast.resolved() for contrast in study.primary],
         "margins": dict(study.evaluation.margins),
         "detectable": detectable,
@@ -38,7 +40,7 @@ def write_lock(
     path = folder / LOCK
     if path.is_file():
         before = read_json(path)
-        changed = [line for key in _BINDING for line in differences(before.get(key), decided[key], key)]
+        changed = [line for key in _BINDING for line in differences(before.get(key, {}), decided[key], key)]
         if not changed:
             return dict(before)
         if not overwrite:

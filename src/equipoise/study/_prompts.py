@@ -53,10 +53,19 @@ def _prompts(settings: StudySettings, where: str, sources: Sequence[PromptSource
         for prompt in prompts:
             key = _key(prompt)
             if key not in found:
-                name = prompt.id if prompt.id not in ids else f"{number}/{prompt.id}"
+                name = _free(prompt.id, number, ids)
                 ids.add(name)
                 found[key] = Prompt(name, prompt.messages, prompt.axis, prompt.topic)
     return list(found.values())
+
+
+def _free(name: str, source: int, taken: set[str]) -> str:
+    """An id nobody has: the prompt's own, else with its source's number in front, else with a count behind as well."""
+    wanted, count = name, 1
+    while wanted in taken:
+        wanted = f"{source}/{name}" if count == 1 else f"{source}/{name}/{count}"
+        count += 1
+    return wanted
 
 
 def _key(prompt: Prompt) -> str:
@@ -149,9 +158,9 @@ def _limited(prompts: list[Prompt], source: PromptSource) -> list[Prompt]:
     """At most `limit` prompts of each axis, drawn by hash of seed and id (so the draw does not depend on the order), order kept."""
     if not source.limit:
         return prompts
-    kept: set[str] = set()
+    kept: set[int] = set()
     for axis in {prompt.axis for prompt in prompts}:
-        ids = [prompt.id for prompt in prompts if prompt.axis == axis]
-        order = np.argsort([fingerprint([source.seed, name]) for name in ids])
-        kept |= {ids[index] for index in order[: source.limit]}
-    return [prompt for prompt in prompts if prompt.id in kept]
+        places = [place for place, prompt in enumerate(prompts) if prompt.axis == axis]
+        order = np.argsort([fingerprint([source.seed, prompts[place].id]) for place in places], kind="stable")
+        kept |= {places[index] for index in order[: source.limit]}
+    return [prompt for place, prompt in enumerate(prompts) if place in kept]

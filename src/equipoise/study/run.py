@@ -17,7 +17,7 @@ from typing import Any
 from equipoise.core.errors import EquipoiseError, StageError
 from equipoise.core.files import read_json, read_jsonl, write_json, write_jsonl
 from equipoise.core.progress import say
-from equipoise.core.runs import Run
+from equipoise.core.runs import Run, is_done
 from equipoise.study._cost import readable
 from equipoise.study._graph import Arm, Graph, Node
 from equipoise.study._lock import write_lock
@@ -69,7 +69,12 @@ def run_study(settings: StudySettings, folder: str | Path | None = None, overwri
         StageError: an earlier lock decided otherwise (and `overwrite` is off), or every arm failed.
         EquipoiseError: the judge or the prompts could not be made; nothing could be measured without them.
     """
+    from equipoise.models.load import resolve_model
+
     folder = Path(folder or Path("runs") / settings.name)
+    for name in (settings.model_name_or_path, settings.judge.model_name_or_path, settings.judge.base_model_name_or_path):
+        if name is not None:
+            resolve_model(name)  # a mistyped one is told now, not by every arm after the judge was trained
     stages = Stages(settings, folder.resolve(), overwrite)
     prompts = stages.prompts()
     plan = plan_study(settings, prompts)
@@ -79,6 +84,7 @@ def run_study(settings: StudySettings, folder: str | Path | None = None, overwri
     write_jsonl(folder / PROMPTS, rows)
     dev = search_prompts(settings, prompts)
     write_jsonl(folder / SEARCH_PROMPTS, [prompt.as_json() for prompt in dev])
+    (folder / SEARCH).unlink(missing_ok=True)  # an earlier decision's; this study's is written anew from its stages
     stages.keep_apart([*prompts, *dev])
     progress = _Progress(plan)
     for node in plan.graph.judge:
@@ -144,7 +150,7 @@ def _run_arm(stages: Stages, progress: _Progress, arm: Arm) -> None:
 
 
 def _run_node(stages: Stages, progress: _Progress, node: Node) -> None:
-    _announce(progress, node)
+    _announce(progress, node, is_done(node.folder(stages.folder)))
     skipped = False
     try:
         run = stages.run(node)
@@ -155,11 +161,12 @@ def _run_node(stages: Stages, progress: _Progress, node: Node) -> None:
             _free()
 
 
-def _announce(progress: _Progress, node: Node) -> None:
+def _announce(progress: _Progress, node: Node, before: bool) -> None:
     done = len(progress.runs) + len(progress.errors)
     total = len(progress.plan.graph.nodes())
     title = f"{node.kind.replace('_', ' ')} {node.name}" + (f", seed {node.seed}" if len(progress.plan.settings.seeds) > 1 else "")
-    say(f"[{done + 1}/{total}] {title} (about {readable(progress.plan.seconds(node))}; {readable(progress.left())} left)")
+    time = "already done" if before else f"about {readable(progress.plan.seconds(node))}; {readable(progress.left())} left"
+    say(f"[{done + 1}/{total}] {title} ({time})")
 
 
 def _free() -> None:
@@ -199,7 +206,9 @@ def _write_arms(folder: Path, graph: Graph, progress: _Progress, found: Sequence
                 "cost": _cost(arm, folder, progress, found),
             }
         )
-    write_json(folder / ARMS, {"schema_version": 1, "arms": rows})
+    # Stages of earlier decisions may stand beside these; a report must not take them for this study's.
+    stages = [node.folder(folder).name for node in graph.nodes()]
+    write_json(folder / ARMS, {"schema_version": 1, "arms": rows, "stages": stages})
 
 
 def _stage_row(node: Node, run: Run, folder: Path) -> dict[str, Any]:
@@ -230,7 +239,10 @@ def _cost(arm: Arm, folder: Path, progress: _Progress, found: Sequence[Found]) -
 
 
 def _scores(settings: StudySettings, folder: Path, graph: Graph, done: list[Arm]) -> dict[str, Any]:
-    """`scores.json`: what the evaluation suite reads. Contrasts of failed arms are left to be reported as missing."""
+    """`scores.json`: what the evaluation suite reads.
+
+    Contrasts of failed arms stay in, without a p: they were named beforehand, so the others are corrected for them as well.
+    """
     judge = graph.judge[0] if graph.judge and graph.judge[0].kind == "train" else None
     held_out = next((node for node in graph.judge if node.kind == "held_out"), None)
     given = settings.judge.trained_on
@@ -256,8 +268,8 @@ def _scores(settings: StudySettings, folder: Path, graph: Graph, done: list[Arm]
             "held_out": _relative(held_out.folder(folder) / "held_out.json", folder) if held_out else None,
         },
         "policies_trained_on": [_relative(path, folder) for path in trained if path.is_file()],
-        "baseline": settings.evaluation.baseline,
-        "primary": [contrast.resolved() for contrast in settings.primary if {contrast.a, contrast.b} <= names],
+        "baseline": settings.evaluation.baseline if settings.evaluation.baseline in names else None,
+        "primary": [contrast.resolved() for contrast in settings.primary],
     }
 
 

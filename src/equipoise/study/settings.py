@@ -13,6 +13,7 @@ from equipoise.core.catalog import names
 from equipoise.core.errors import UsageError, nearest
 from equipoise.core.settings import Settings
 from equipoise.data.settings import DataSettings
+from equipoise.evaluation.settings import EvaluateSettings
 from equipoise.generation._base import Sampling
 from equipoise.training.settings import TrainSettings
 
@@ -242,12 +243,19 @@ class StudySettings(Settings):
             self._check_block(where, block)
         self._check_training("judge.training", self.judge.training)
         self._check_training("training", self.training)
+        asked = {"suite": self.evaluation.suite, "source": "", "margins": self.evaluation.margins, **self.evaluation.settings}
+        for name in EvaluateSettings.make(asked, source="evaluation.settings").margins:
+            if name not in names("evaluation.metrics"):
+                raise UsageError(f"evaluation.margins: no metric named {name!r}.{nearest(name, names('evaluation.metrics'))}")
         for contrast in self.primary:
             if contrast.metric not in names("evaluation.metrics"):
                 raise UsageError(f"primary: no metric named {contrast.metric!r}.{nearest(contrast.metric, names('evaluation.metrics'))}")
             for arm in (contrast.a, contrast.b):
                 self._check_arm("primary", arm)
         self._check_arm("evaluation.baseline", self.evaluation.baseline)
+        for policy in self.evaluation.null_policies:
+            if policy in self.arms:
+                raise UsageError(f"arms.{policy}: a null policy has that name (evaluation.null_policies); call the arm something else.")
         if len(set(self.seeds)) != len(self.seeds):
             raise UsageError(f"seeds: {list(self.seeds)} names a seed twice.")
         return self

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from equipoise.study._report import numbers
 from equipoise.study._report.numbers import MISSING
 from equipoise.study._report.read import Arm, Stage, StudyFiles, flatten, listing, mapping
-from equipoise.study._report.words import spoken_unit
+from equipoise.study._report.words import spoken_unit, tested
 from equipoise.study.figures import interval_glyph
 
 VERDICTS = ("real", "equivalent", "undecided")
@@ -171,12 +171,13 @@ def _contrast_row(item: Mapping[str, Any], metric: Mapping[str, Any], detectable
     verdict = str(item.get("verdict") or MISSING)
     better = item.get("prob_a_better")
     chance = mapping(better).get("value") if isinstance(better, dict) else better
+    between = numbers.interval(item.get("low"), item.get("high"), unit, True)
     needed = item.get("n_needed") if verdict == "undecided" else None
     cells = [
-        Cell(verdict, badge=verdict if verdict in VERDICTS else "none"),
+        Cell(verdict if tested(item) else "not tested", badge=verdict if verdict in VERDICTS and tested(item) else "none"),
         Cell(
             numbers.plain(item.get("difference"), unit, True),
-            tuple(filter(None, [numbers.interval(item.get("low"), item.get("high"), unit, True)])),
+            tuple(filter(None, [between if tested(item) else str(item.get("reason") or "")])),
             numbers.finite(item.get("difference")),
             drawing=glyph,
         ),

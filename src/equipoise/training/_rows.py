@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +132,11 @@ def _rows(
             loaded = load(source, dataset=given)
         records, accounting = loaded.records, [loaded.accounting.as_json()]
     else:
-        for source in _sources(stream):
+        sources = _sources(stream)
+        for position, source in enumerate(sources):
             loaded = load(source.model_copy(update={"part": "dev"}) if dev else source)
-            records += loaded.records
+            # Files of many data sets are called train, and a source may be listed twice to weigh more.
+            records += loaded.records if len(sources) == 1 else [replace(item, id=f"{position}/{item.id}") for item in loaded.records]
             accounting.append(loaded.accounting.as_json())
     if not records:
         if may_be_empty:

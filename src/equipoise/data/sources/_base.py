@@ -149,14 +149,13 @@ def scores(values: Mapping[str, Any], name: str) -> dict[str, float]:
 
 
 def flag(values: Mapping[str, Any], name: str) -> bool | None:
-    """True or false (also as 1 and 0, and as words in CSV files), or None where missing."""
+    """True or false (also as 1 and 0, and as words in CSV files), or None where missing (NaN too, as pandas writes it)."""
     value = values.get(name)
-    if value is None or value == "":
-        return None
-    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-    if str(value).strip().lower() not in known:
+    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "": None, "nan": None}
+    said = "" if value is None else str(value).strip().lower()
+    if said not in known:
         raise Excluded(f"{name!r} is {value!r}, not true or false"[:100])
-    return known[str(value).strip().lower()]
+    return known[said]
 
 
 def messages(value: Any, name: str, role_key: str = "role", content_key: str = "content") -> tuple[Message, ...]:
@@ -210,7 +209,10 @@ def shared_prompt(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) ->
 
 
 def _checked(record: Record) -> Record:
-    """The rules every record keeps, whatever its source."""
+    """The rules every record keeps, whatever its source. A system turn that says nothing is left out: many sets have the column empty."""
+    if any(message.role == "system" and not message.content.strip() for message in record.prompt):
+        spoken = (message for message in record.prompt if message.role != "system" or message.content.strip())
+        record = replace(record, prompt=tuple(spoken))
     if not record.prompt or record.prompt[-1].role != "user":
         raise Excluded(NOT_A_USER_TURN if record.prompt else "empty prompt")
     if not record.prompt[-1].content.strip():

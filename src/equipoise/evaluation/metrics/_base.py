@@ -21,7 +21,7 @@ class Judged:
     """What scorers said of one reply; None is "no verdict", never zero.
 
     reward: the judge's. invalid: empty, looping, echoed or cut off. refusal: it refuses. length: tokens. kl_to_base: nats a token.
-    cut: stopped by the length limit (and neither empty, echoed nor looping), whether or not that makes it invalid.
+    cut: stopped by the length limit, whether or not that makes it invalid.
     """
 
     text: str
@@ -111,9 +111,12 @@ def load(name: str) -> Metric:
     return metric
 
 
-def preferred(reply: Judged, rival: Judged) -> float | None:
-    """1 where `reply` has the higher reward, 0 where `rival` has, ½ for a tie; an invalid reply loses to a valid one."""
-    if reply.is_invalid or rival.is_invalid:
+def preferred(reply: Judged, rival: Judged, passing: PassSettings) -> float | None:
+    """1 where `reply` has the higher reward, 0 where `rival` has, ½ for a tie.
+
+    An invalid reply loses to a valid one; in reproduction mode rewards are taken as they are.
+    """
+    if (reply.is_invalid or rival.is_invalid) and not passing.reproduction:
         return 0.5 + 0.5 * (rival.is_invalid - reply.is_invalid)
     if reply.reward is None or rival.reward is None:
         return None
@@ -160,8 +163,8 @@ def reward_metric(axis: str, title: str, departures: str = "") -> Metric:
         kind="mean",
         source="Paired mean difference with ties counting half in P(A better than B), the probability-of-superiority effect size "
         "(Vargha and Delaney 2000)",
-        departures="An invalid reply gets at most the lowest reward that any arm's reply to the prompt got, and loses to every valid one."
-        + departures,
+        departures="An invalid reply gets at most the lowest reward that any arm's reply to the prompt got, and loses to every valid one, "
+        "except in reproduction mode." + departures,
         parts=(Part((axis,), reward),),
         preference=True,
     )

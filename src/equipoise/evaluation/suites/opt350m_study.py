@@ -12,6 +12,8 @@ in HmR, HpR and CAS.
 from __future__ import annotations
 
 import json
+import math
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -109,7 +111,9 @@ def _rows(path: Path, axis: str) -> list[Row]:
         rating = row["rating"]
         if rating is not None and (isinstance(rating, bool) or not isinstance(rating, (int, float))):
             raise DataError(f"{where}: `rating` must be a number or null, found {rating!r}.")
-        if rating is not None and rating != rating:
+        if rating is not None and abs(rating) > sys.float_info.max:
+            raise DataError(f"{where}: `rating` must be a finite number or null, found {rating!r}.")
+        if rating is not None and math.isnan(rating):
             row["rating"] = None  # NaN is missing
         if not all(isinstance(row[key], str) for key in ("model", "prompt", "response")):
             raise DataError(f"{where}: `model`, `prompt` and `response` must be text.")

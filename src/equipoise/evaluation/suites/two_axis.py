@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -140,7 +141,10 @@ def _replies(folder: Path, entry: _Model, prompts: Mapping[str, TestPrompt]) -> 
             raise DataError(f"{path}, row {number}: the prompt {name!r} is not the one in the prompts file.")
         if not isinstance(row["text"], str):
             raise DataError(f"{path}, row {number} ({name}): `text` must be text, found {row['text']!r}.")
-        replies[name] = Judged(row["text"], **verdicts.get(name, {}))
+        known = verdicts.get(name, {})
+        if row.get("finish_reason") is not None:  # a looping reply may be cut off as well, and the rule names one reason only
+            known = {**known, "cut": row["finish_reason"] == "length"}
+        replies[name] = Judged(row["text"], **known)
     return replies
 
 
@@ -159,6 +163,8 @@ def _verdicts(folder: Path, entry: _Model, prompts: Mapping[str, TestPrompt]) ->
                 raise DataError(f"{path}, row {number} ({name}): `value` must be a number or null, found {value!r}.")
             if value is not None and by in ("invalid", "refusal") and value not in (0, 1):
                 raise DataError(f"{path}, row {number} ({name}): {by} is 0 or 1, found {value!r}.")
+            if value is not None and abs(value) > sys.float_info.max:
+                raise DataError(f"{path}, row {number} ({name}): `value` must be a finite number or null, found {value!r}.")
             if value is None or math.isnan(value):
                 found[name][by] = None
             else:

@@ -137,10 +137,11 @@ def read_study(folder: str | Path) -> StudyFiles:
     evaluation = mapping(reader.json("evaluation/evaluation.json", "there are no scores and no verdicts yet"))
     runs = [mapping(run) for run in listing(arms_file.get("arms"))]
     replies = reader.lines("evaluation/replies.jsonl", "replies cannot be shown") or []
-    stages = {
-        path.name: _read_stage(reader, path) for path in sorted((folder / "stages").glob("*")) if path.is_dir() and path.name[:1] != "."
-    }
-    confidence = mapping(reader.json("evaluation/settings.json")).get("confidence", 0.95)
+    folders = [path for path in sorted((folder / "stages").glob("*")) if path.is_dir() and path.name[:1] != "."]
+    if "stages" in arms_file:  # others are what an earlier decision left behind
+        folders = [path for path in folders if path.name in listing(arms_file["stages"])]
+    stages = {path.name: _read_stage(reader, path) for path in folders}
+    confidence = evaluation.get("confidence", 0.95)
     coverage = f"{100 * confidence:g}\u00a0%" if isinstance(confidence, float) else "95\u00a0%"
     arms = _arms(runs, evaluation, replies, lock)
     return StudyFiles(

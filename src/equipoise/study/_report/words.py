@@ -53,15 +53,17 @@ def verdict(files: StudyFiles, comparisons: Sequence[Mapping[str, Any]]) -> list
     primary = [item for item in comparisons if item.get("primary")]
     if not primary:
         return [Statement("", "No contrast was named beforehand, so nothing here is a verdict; every comparison below is exploratory.")]
-    by_verdict = {word: [item for item in primary if item.get("verdict") == word] for word in ("real", "equivalent", "undecided")}
-    counts = [f"{numbers.number_word(len(items))} {word}" for word, items in by_verdict.items() if items]
+    tried = [item for item in primary if tested(item)]
+    untested = [item for item in primary if not tested(item)]
+    by_verdict = {word: [item for item in tried if item.get("verdict") == word] for word in ("real", "equivalent", "undecided")}
+    found = {word: len(items) for word, items in {**by_verdict, "not tested": untested}.items() if items}
     asked = "One contrast was" if len(primary) == 1 else f"{numbers.number_word(len(primary)).capitalize()} contrasts were"
-    if len(counts) == 1 and len(primary) > 1:
-        result = f"all of them {counts[0].split()[-1]}"
-    elif len(primary) == 1:
-        result = f"it is {counts[0].split()[-1]}" if counts else "it has no verdict"
+    if len(found) == 1:
+        result = f"{'it is' if len(primary) == 1 else 'all of them'} {next(iter(found))}"
+    elif not found:
+        result = "it has no verdict" if len(primary) == 1 else "none has a verdict"
     else:
-        result = _joined(counts) if counts else "none has a verdict"
+        result = _joined([f"{numbers.number_word(count)} {word}" for word, count in found.items()])
     told = by_verdict["real"] + by_verdict["equivalent"]
     open_ones = by_verdict["undecided"]
     said = [Statement("", "Read this with the stamp: the judge is not independent, and that was overridden.")] if _overridden(files) else []
@@ -70,11 +72,16 @@ def verdict(files: StudyFiles, comparisons: Sequence[Mapping[str, Any]]) -> list
     if len(told) > _MOST:
         said.append(Statement("", f"{len(told) - _MOST} more with an answer stand in the table of contrasts."))
     if len(open_ones) <= _FEW:
-        return said + [Statement("undecided", sentence(files, item)) for item in open_ones]
-    return [
-        *said,
-        Statement("undecided", f"Not decided: {'; '.join(_briefly(files, item) for item in open_ones[:_MOST])}{_rest(open_ones)}."),
-    ]
+        said += [Statement("undecided", sentence(files, item)) for item in open_ones]
+    else:
+        words = f"Not decided: {'; '.join(_briefly(files, item) for item in open_ones[:_MOST])}{_rest(open_ones)}."
+        said.append(Statement("undecided", words))
+    return said + [Statement("", sentence(files, item)) for item in untested[:_MOST]]
+
+
+def tested(item: Mapping[str, Any]) -> bool:
+    """Whether a contrast has a p at all. One without (of an arm that failed) was not tried, which is not the same as undecided."""
+    return numbers.finite(item.get("p")) is not None
 
 
 def _briefly(files: StudyFiles, item: Mapping[str, Any]) -> str:
@@ -90,12 +97,14 @@ def _rest(items: Sequence[Any]) -> str:
 
 
 def sentence(files: StudyFiles, item: Mapping[str, Any]) -> str:
-    """One contrast in words: who is better, by how much; or equivalent; or undecided, and how many prompts it would take."""
+    """One contrast in words: who is better, by how much; or equivalent; or undecided, and how many prompts it would take; or not tested."""
     metric = files.metrics.get(str(item.get("metric")), {})
     unit = str(item.get("unit") or metric.get("unit") or "")
     a, b, name = item.get("a"), item.get("b"), _lower(str(metric.get("title") or item.get("metric")))
     if metric.get("flagged"):
         name += " (a flagged metric)"
+    if not tested(item):
+        return f"{a} against {b} on {name} could not be tested: {item.get('reason') or 'no reason recorded'}."
     between = numbers.interval(item.get("low"), item.get("high"), unit, True)
     shown = spoken_unit(unit, name)
     size = _with(item.get("difference"), unit, shown, True) + (f", {files.coverage} interval {between}" if between else "")
@@ -171,7 +180,8 @@ def stamps(files: StudyFiles) -> list[Stamp]:
 
 def _about_the_plan(files: StudyFiles) -> list[Stamp]:
     """What departs from what was decided beforehand: contrasts that could not be tested, and a lock that was changed."""
-    known = {(item.get("a"), item.get("b"), item.get("metric")) for item in map(mapping, listing(files.evaluation.get("comparisons")))}
+    compared = [item for item in map(mapping, listing(files.evaluation.get("comparisons"))) if tested(item)]
+    known = {(item.get("a"), item.get("b"), item.get("metric")) for item in compared}
     planned = [mapping(item) for item in listing(files.lock.get("primary"))] if files.evaluation else []
     untested = [item for item in planned if (item.get("a"), item.get("b"), item.get("metric")) not in known]
     found = []
@@ -200,12 +210,19 @@ def facts(files: StudyFiles) -> list[tuple[str, str]]:
         ("Judge", _joined([str(judge[key]) for key in ("name", "model_name_or_path") if judge.get(key)], " on ")),
         ("Sampling", _pairs(mapping(evaluation.get("sampling")))),
         ("Null policies", ", ".join(str(item) for item in listing(evaluation.get("null_policies")))),
-        ("Baseline", str(files.evaluation.get("baseline") or evaluation.get("baseline") or "")),
+        ("Baseline", _baseline(files, str(evaluation.get("baseline") or ""))),
         ("Prompts", _prompts(files)),
         ("Package", str(files.lock.get("package_version") or files.lock.get("version") or "")),
         ("Time of all stages", f"{numbers.duration(sum(known))}, each stage counted once" if known else ""),
     ]
     return [(name, words) for name, words in rows if words]
+
+
+def _baseline(files: StudyFiles, planned: str) -> str:
+    """The baseline of the evaluation; where it has none (its arm failed), the planned one is not to be taken for it."""
+    known = str(files.evaluation.get("baseline") or "")
+    lost = planned and not known and "baseline" in files.evaluation
+    return f"none: {planned} was planned and is not among the models evaluated" if lost else known or planned
 
 
 def judge_facts(files: StudyFiles) -> list[tuple[str, str]]:
