@@ -185,7 +185,7 @@ def test_confidence_is_told_and_may_not_make_equivalence_cheap(write_scores) -> 
     assert row["reason"].startswith("the 90 % interval lies inside")
     before = find(usual, "near", "base", "reward_helpful")["prob_a_better"]
     assert before["low"] < row["prob_a_better"]["low"] < row["prob_a_better"]["high"] < before["high"]
-    with pytest.raises(ValueError, match="greater than or equal to"):
+    with pytest.raises(UsageError, match="greater than or equal to"):
         settings(source, confidence=0.5)
 
 
