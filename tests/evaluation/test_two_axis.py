@@ -92,7 +92,7 @@ def test_a_model_nobody_asked_about_is_no_gap(write_scores) -> None:
     """The base has no divergence from itself; a tuned model that lacks some has a gap."""
     base = table(lambda axis, n: plain(-4.0, kl_to_base=None))
     tuned = table(lambda axis, n: plain(-4.0, kl_to_base=None if n == 0 else 0.5))
-    evaluation, _ = compute(settings(write_scores({"base": base, "tuned": tuned})))
+    evaluation, _ = compute(settings(write_scores({"base": base, "tuned": tuned}, baseline="base")))
     (warning,) = [item for item in evaluation["warnings"] if "without a verdict" in item and "KL" in item]
     assert "tuned 3" in warning
     assert "base" not in warning.split(":", 2)[2]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 
 from equipoise.core.errors import UsageError
 from equipoise.objectives import _load
-from equipoise.objectives._load import build, class_from_file, load_class, methods
+from equipoise.objectives._load import build, class_from_file, code_fingerprint, load_class, methods
 
 MINE = '''
 from __future__ import annotations
@@ -83,3 +85,62 @@ def test_a_file_that_fails_is_named_with_its_error(tmp_path: Path, text: str, sa
         class_from_file(written(tmp_path, text))
     assert isinstance(raised.value.__cause__, cause)
     assert user_modules() == before
+
+
+# ---- code of one's own, by its fingerprint
+
+
+class Scaled:
+    """A loss with a field."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def loss(self, scored: Any) -> Any:
+        return self.factor
+
+    def __call__(self, scored: Any) -> Any:
+        return self.factor
+
+
+@dataclass(frozen=True, slots=True)
+class Slotted:
+    factor: float
+
+    def __call__(self, scored: Any) -> Any:
+        return self.factor
+
+
+def without_source(body: str) -> Any:
+    """A function and a class that Python has no text of."""
+    made: dict[str, Any] = {"__name__": "made"}
+    exec(f"def loss(scored):\n    return (lambda x: {body})(scored)\nclass Loss:\n    def __call__(self, x):\n        return {body}", made)
+    return made
+
+
+def test_code_values_and_arguments_make_a_loss_of_ones_own() -> None:
+    def around(factor: float) -> Any:
+        return lambda scored: factor
+
+    made = [
+        Scaled(1.0),
+        Scaled(2.0),
+        Scaled(1.0).loss,
+        Scaled(2.0).loss,
+        Slotted(1.0),
+        Slotted(2.0),
+        around(1.0),
+        around(2.0),
+        *[lambda scored, factor=factor: factor for factor in (1.0, 2.0)],
+        *[partial(around, factor=factor) for factor in (1.0, 2.0)],
+        *[without_source(body)["loss"] for body in ("x + 1", "x + 2")],
+        *[without_source(body)["Loss"]() for body in ("x + 1", "x + 2")],
+    ]
+    assert len({code_fingerprint(item) for item in made}) == len(made)
+    again = [Scaled(1.0), Scaled(1.0).loss, Slotted(1.0), around(1.0), partial(around, factor=1.0), without_source("x + 1")["loss"]]
+    assert len({code_fingerprint(item) for item in [*made, *again]}) == len(made)
+
+
+def test_what_has_an_address_is_the_same_loss_in_every_process() -> None:
+    """Only its type counts: `repr` would tell where in memory it lies."""
+    assert len({code_fingerprint(partial(Scaled, object(), key=[object()])) for _ in range(3)}) == 1

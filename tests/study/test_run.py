@@ -131,7 +131,7 @@ def test_the_lock_says_what_was_decided_beforehand(finished):
     assert lock["detectable"][0]["n"] == 3
 
 
-def test_a_mistyped_model_is_told_before_the_judge_is_trained(finished, tmp_path):
+def test_a_model_that_is_not_there_is_told_before_the_judge_is_trained(finished, tmp_path):
     values, _ = finished
     with pytest.raises(UsageError, match="is not a folder"):
         run_study(make(values, f"model_name_or_path={tmp_path}/tinny"), tmp_path / "study")

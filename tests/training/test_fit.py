@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, RobertaConfig, RobertaModel, TrainerCallback
 
 from equipoise.core.errors import NumericsError, StageError, UsageError
 from equipoise.core.files import read_json, read_jsonl
@@ -25,6 +25,7 @@ from equipoise.objectives._base import Needs, Scored
 from equipoise.training.checkpoints import newest_complete
 from equipoise.training.fit import fit
 from equipoise.training.settings import TrainSettings
+from equipoise.training.start_check import check_positions
 from tests.tiny import preference_dicts, recipe, tiny, tokenizer
 
 
@@ -236,6 +237,18 @@ def test_rows_longer_than_learned_positions_are_refused(tmp_path: Path) -> None:
         fit(recipe("in memory", tmp_path / "out"), model=tiny("gpt2"), tokenizer=tokenizer(), train_dataset=long)
 
 
+def test_tables_of_positions_may_begin_with_something_else() -> None:
+    roberta = RobertaModel(
+        RobertaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=34, vocab_size=9)
+    )
+    check_positions(roberta, 32)
+    with pytest.raises(UsageError, match="knows 32 positions"):
+        check_positions(roberta, 33)
+    check_positions(tiny("opt"), 128)
+    with pytest.raises(UsageError, match="knows 128 positions"):
+        check_positions(tiny("opt"), 129)
+
+
 def test_separate_replies_can_be_packed_by_name(base: Path, tmp_path: Path) -> None:
     """Rows of one reply share nothing, and `packed` means the same as `separate` for them."""
     wanted = recipe(base, tmp_path / "out", attention="packed", max_steps=1, streams=[{"objective": {"name": "sft"}}])
@@ -261,6 +274,18 @@ class Stop(TrainerCallback):
             raise MemoryError("enough")
 
 
+@pytest.mark.parametrize("every", [1, 2, 100])
+def test_the_loss_of_a_resumed_run_is_that_of_all_its_steps(every: int, base: Path, tmp_path: Path) -> None:
+    """But for steps before the checkpoint that no log line tells: with a line every 100 steps, all of those."""
+    whole = fit(recipe(base, tmp_path / "whole"), train_dataset=preference_dicts())
+    losses = [line["loss"] for line in read_jsonl(whole.folder / "log.jsonl") if "loss" in line]
+    with pytest.raises(MemoryError):
+        fit(recipe(base, tmp_path / "out", save_steps=2, logging_steps=every), train_dataset=preference_dicts(), callbacks=[Stop(5)])
+    run = fit(recipe(base, tmp_path / "out", save_steps=2, logging_steps=every), train_dataset=preference_dicts())
+    expected = losses if every < 100 else losses[4:]
+    assert run.results["train_loss"] == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+
+
 def test_a_stopped_run_goes_on_with_smaller_micro_batches(base: Path, tmp_path: Path) -> None:
     """What does not change the recipe may be changed; the loss told at the end is that of all steps."""
     whole = fit(recipe(base, tmp_path / "whole"), train_dataset=preference_dicts())
@@ -279,6 +304,22 @@ def test_a_long_epoch_has_checkpoints_by_default(base: Path, tmp_path: Path) -> 
     with pytest.raises(MemoryError):
         fit(recipe(base, tmp_path / "out", num_train_epochs=1, save_steps=2), train_dataset=preference_dicts(), callbacks=[Stop(3)])
     assert [item.name for item in (tmp_path / "out" / "checkpoints").iterdir()] == ["checkpoint-2"]
+
+
+def test_no_step_is_saved_twice(base: Path, tmp_path: Path) -> None:
+    """Steps 3 and 6 end an epoch; 6, and where it stops early 4, are also multiples of save_steps."""
+
+    class Saved(TrainerCallback):
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.steps.append(state.global_step)
+
+    for values, expected in (({}, [2, 3, 4, 6]), ({"max_steps": 4}, [2, 3, 4]), ({"save_strategy": "steps"}, [2, 4, 6])):
+        saved = Saved()
+        fit(recipe(base, tmp_path / str(expected), save_steps=2, **values), train_dataset=preference_dicts(), callbacks=[saved])
+        assert saved.steps == expected
 
 
 def test_an_edited_loss_is_another_run(base: Path, tmp_path: Path) -> None:

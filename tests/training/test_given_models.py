@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, Starcoder2Config, Trainer
 from equipoise.core.errors import UsageError
 from equipoise.core.files import read_jsonl
 from equipoise.core.runs import Run
+from equipoise.models.load import load_sequence_classifier
 from equipoise.training._model import no_dropout
 from equipoise.training.fit import fit
 from tests.tiny import preference_dicts, recipe, tiny, tokenizer
@@ -45,11 +46,13 @@ def test_a_base_in_memory_serves_one_lora_run_after_the_other(tmp_path: Path) ->
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-def test_a_base_is_given_back_when_a_run_fails(tmp_path: Path) -> None:
+@pytest.mark.parametrize("values", [{}, {"trainable": "no such weight"}, {"trainable": "no such weight", "use_peft": False}])
+def test_a_base_is_given_back_when_a_run_fails(values: dict[str, Any], tmp_path: Path) -> None:
+    """In its objective, or before it began."""
     model = tiny(seed=5)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises((ZeroDivisionError, UsageError)):
         fit(
-            recipe("in memory", tmp_path / "out", use_peft=True),
+            recipe("in memory", tmp_path / "out", **{"use_peft": True, **values}),
             model=model,
             tokenizer=tokenizer(),
             train_dataset=preference_dicts(),
@@ -57,6 +60,21 @@ def test_a_base_is_given_back_when_a_run_fails(tmp_path: Path) -> None:
         )
     assert not any("lora" in name for name in model.state_dict())
     assert not hasattr(model, "peft_config")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_reward_model_in_memory_gets_its_own_head_back(tmp_path: Path) -> None:
+    """PEFT trains a copy of the head; what it was copied from is the caller's."""
+    tiny(seed=5).save_pretrained(tmp_path / "base")
+    model = load_sequence_classifier(tmp_path / "base", from_backbone=True, device="cpu")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    wanted = {"use_peft": True, "streams": [{"objective": {"name": "bradley_terry"}}]}
+    first = train(model, tmp_path / "out", **wanted)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not first.skipped
+    assert train(model, tmp_path / "out", **wanted).skipped
 
 
 def test_the_inner_model_of_an_adapter_is_refused(tmp_path: Path) -> None:
@@ -96,8 +114,6 @@ def test_only_the_named_part_of_an_adapter_is_trained(objective: str, tmp_path: 
     assert trained == [{"lora_B"}]
     from safetensors.torch import load_file
 
-    start = get_peft_model(tiny(seed=5), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
-    assert any("lora_A" in name for name, _ in start.named_parameters())
     values = load_file(run.folder / "model" / "adapter_model.safetensors")
     assert any(value.any() for name, value in values.items() if "lora_B" in name)
 

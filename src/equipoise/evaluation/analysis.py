@@ -152,8 +152,10 @@ def _warnings(
 ) -> list[str]:
     table, found = source.table, []
     for name, metric in shown.items():
-        # A model without any was not asked: the base has no divergence from itself, nor a null policy one.
-        lacking = [f"{model} {item.missing}" for model, item in estimates[name].items() if item.missing and item.n]
+        # Of the baseline and of null policies nobody asks everything: the base has no divergence from itself.
+        asked = [model for model in table.arms() if model != table.baseline]
+        gaps = {model: item for model, item in estimates[name].items() if item.missing and (item.n or model in asked)}
+        lacking = [f"{model} {item.missing}" for model, item in gaps.items()]
         if lacking:
             found.append(f"{metric.title}: prompts without a verdict, left out of the figure: {', '.join(lacking)}.")
         if swept.get(name):

@@ -50,6 +50,7 @@ _SAYS_NOTHING = {
     "_name_or_path",
     "architectures",
     "attn_implementation",
+    "auto_mapping",
     "base_model_name_or_path",
     "bos_token_id",
     "dtype",

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from types import FunctionType, MethodType, NoneType
+from types import CodeType, FunctionType, MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -71,26 +71,63 @@ def class_from_file(path: str | Path) -> type[Objective]:
 
 
 def code_fingerprint(written: Any) -> str:
-    """16 hex digits of the code of a function, or of an object's class, and of the plain values that belong to it.
+    """16 hex digits of the code of a function or of an object's class, and of the plain values that belong to it.
 
-    Its source text where Python has it, else its compiled code: an edited loss is another loss under the same name.
+    Code is its source text where Python has it, else what was compiled: an edited loss is another loss under the same name.
+    Values are defaults, arguments of a `partial`, what a function closes over, and an object's fields; of one that is not
+    plain only its type counts, so that the digits are the same in every process.
     """
-    if isinstance(written, partial):
-        return fingerprint([code_fingerprint(written.func), repr(written.args), repr(sorted(written.keywords.items()))])
-    function = isinstance(written, (FunctionType, MethodType))
-    code = written if function else type(written)
-    values = [cell.cell_contents for cell in getattr(code, "__closure__", None) or ()] if function else list(vars(written).values())
+    return fingerprint(_told(written))
+
+
+def _told(value: Any) -> Any:
+    """What a callable is, as plain data."""
+    if isinstance(value, partial):
+        return [_told(value.func), _plain(value.args), _plain(value.keywords)]
+    if isinstance(value, MethodType):
+        return [_told(value.__func__), _told(value.__self__)]
+    if isinstance(value, FunctionType):
+        names = value.__code__.co_freevars
+        around = dict(zip(names, (cell.cell_contents for cell in value.__closure__ or ()), strict=True))
+        return [
+            value.__module__,
+            value.__qualname__,
+            _code(value),
+            _plain(value.__defaults__),
+            _plain(value.__kwdefaults__),
+            _plain(around),
+        ]
+    kind = type(value)
+    slots = {name: getattr(value, name) for name in getattr(kind, "__slots__", ()) if hasattr(value, name)}
+    return [kind.__module__, kind.__qualname__, _code(kind), _plain({**slots, **getattr(value, "__dict__", {})})]
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (FunctionType, MethodType, partial)):
+        return _told(value)
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _code(written: Any) -> Any:
+    """Source text, or names, constants and instructions of what was compiled: of a class, of all its functions."""
     try:
-        text = inspect.getsource(code)
+        return inspect.getsource(written)
     except (OSError, TypeError):
-        compiled = getattr(code, "__code__", None)
-        text = repr(
-            compiled and (compiled.co_code, compiled.co_names, [value for value in compiled.co_consts if isinstance(value, _PLAIN)])
-        )
-    return fingerprint([f"{code.__module__}.{code.__qualname__}", text, [repr(value) for value in values if isinstance(value, _PLAIN)]])
+        pass
+    if isinstance(written, type):
+        return {name: _code(item) for name, item in vars(written).items() if isinstance(item, FunctionType)}
+    return _compiled(written.__code__)
 
 
-_PLAIN = (str, bytes, int, float, bool, tuple, NoneType)
+def _compiled(code: CodeType) -> list[Any]:
+    constants = [_compiled(item) if isinstance(item, CodeType) else repr(item) for item in code.co_consts]
+    return [code.co_code.hex(), list(code.co_names), constants]
 
 
 class CallableObjective(Objective):

@@ -74,7 +74,7 @@ def run_study(settings: StudySettings, folder: str | Path | None = None, overwri
     folder = Path(folder or Path("runs") / settings.name)
     for name in (settings.model_name_or_path, settings.judge.model_name_or_path, settings.judge.base_model_name_or_path):
         if name is not None:
-            resolve_model(name)  # a mistyped one is told now, not by every arm after the judge was trained
+            resolve_model(name)  # a path that is not there is told now, not by every arm after the judge was trained
     stages = Stages(settings, folder.resolve(), overwrite)
     prompts = stages.prompts()
     plan = plan_study(settings, prompts)

@@ -93,21 +93,30 @@ def make_trainable(model: Any, settings: TrainSettings, readout: str) -> tuple[A
 
 @contextmanager
 def made_trainable(model: Any, settings: TrainSettings, readout: str, given: bool) -> Iterator[tuple[Any, bool]]:
-    """`make_trainable` for as long as a run lasts. A caller's own model (given) is theirs again afterwards.
+    """`make_trainable` for as long as a run lasts. A caller's own model (given) is theirs again afterwards, however the run ends.
 
-    Nothing but its trained weights is changed then: a fresh adapter is taken off it, and what was frozen is frozen. So the
-    next run on the same object starts from the same base.
+    An adapter of ours is taken off it, and frozen is what was frozen before: the next run on the same object starts from the
+    same base.
     """
     frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()] if given else []
-    policy, fresh = make_trainable(model, settings, readout)
+    plain = given and not hasattr(model, "peft_config")
     try:
-        yield policy, fresh
+        yield make_trainable(model, settings, readout)
     finally:
-        if given and fresh:
-            policy.unload()
-            vars(model).pop("peft_config", None)
+        if plain:
+            _take_adapter_off(model)
         for parameter, wanted in frozen:
             parameter.requires_grad_(wanted)
+
+
+def _take_adapter_off(model: Any) -> None:
+    """Put back the layers that PEFT wrapped in a model: those under an adapter, and a head of which it trained a copy."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "original_module"):
+            model.set_submodule(name, module.original_module)
+        elif _is_adapter_layer(module):
+            model.set_submodule(name, module.base_layer)
+    vars(model).pop("peft_config", None)
 
 
 def _with_lora(model: Any, settings: TrainSettings, readout: str) -> Any:
@@ -129,11 +138,16 @@ def _with_lora(model: Any, settings: TrainSettings, readout: str) -> Any:
         raise UsageError(f"LoRA cannot be put on this model (lora_target_modules={targets!r}): {error}") from error
 
 
+def _is_adapter_layer(module: Any) -> bool:
+    """Whether PEFT put this module around a layer of the model."""
+    return hasattr(module, "base_layer") and hasattr(module, "active_adapters")
+
+
 def _check_adapters(model: Any) -> None:
     """Raise UsageError for a base that holds adapter layers without being the model that trains, switches and saves them."""
     if hasattr(model, "merge_and_unload") or getattr(model, "_hf_peft_config_loaded", False):
         return
-    if any(hasattr(module, "base_layer") and hasattr(module, "active_adapters") for module in model.modules()):
+    if any(map(_is_adapter_layer, model.modules())):
         raise UsageError(
             "This model holds the layers of an adapter: hand over the PeftModel around it, or take the adapter off (unload())."
         )

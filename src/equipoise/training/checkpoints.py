@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
-from equipoise.core.files import read_json, write_json
+from equipoise.core.files import write_json
 
 COMPLETE = "complete.json"
 
@@ -21,8 +22,9 @@ class SaveEvery(TrainerCallback):
         self._steps = steps
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The same step on every rank, so that all of them save."""
-        if state.global_step % self._steps == 0:
+        """The same step on every rank, so that all of them save. Not where the end of an epoch is about to do it."""
+        ends = float(state.epoch or 0).is_integer() or state.global_step >= state.max_steps
+        if state.global_step % self._steps == 0 and not (ends and args.save_strategy == SaveStrategy.EPOCH):
             control.should_save = True
 
 
@@ -38,13 +40,18 @@ class CompleteMark(TrainerCallback):
             write_json(folder / COMPLETE, {"step": state.global_step})
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
 def newest_complete(folder: str | Path) -> Path | None:
     """The newest complete checkpoint, or None. Folders left half-written by a kill are removed."""
     found: list[tuple[int, Path]] = []
     for checkpoint in Path(folder).glob("checkpoint-*"):
         mark = checkpoint / COMPLETE
         if mark.is_file():
-            found.append((int(read_json(mark)["step"]), checkpoint))
+            found.append((step_of(checkpoint), checkpoint))
         else:
             shutil.rmtree(checkpoint, ignore_errors=True)
     return max(found)[1] if found else None

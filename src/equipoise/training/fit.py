@@ -47,11 +47,11 @@ from equipoise.training._ranks import Ranks
 from equipoise.training._references import References, check_references, stored_tolerance
 from equipoise.training._rows import Rows, checked_streams, make_streams, named_data, shared_rows
 from equipoise.training._streams import Forward, Stream
-from equipoise.training.checkpoints import CompleteMark, SaveEvery, newest_complete
+from equipoise.training.checkpoints import CompleteMark, SaveEvery, newest_complete, step_of
 from equipoise.training.estimate import for_this_machine
 from equipoise.training.settings import NEUTRAL, TrainSettings
 from equipoise.training.sharding import check_accelerate, shard
-from equipoise.training.start_check import check_scores, choose_form
+from equipoise.training.start_check import check_positions, check_scores, choose_form
 from equipoise.training.trainer import LogLines, PreferenceTrainer, ProgressLine
 
 __all__ = ["Needs", "TrainSettings", "fit"]
@@ -190,7 +190,7 @@ class _Fit:
             unwrapped(policy).set_attn_implementation(NAME)
         try:
             with nullcontext() if self.settings.dropout else no_dropout(policy):
-                outcome = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+                trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
             final = trainer.evaluate() if self.dev else {}
         finally:
             if forward.form != "padded":
@@ -203,7 +203,7 @@ class _Fit:
         return {
             "model": "model",
             "steps": trainer.state.global_step,
-            "train_loss": self._train_loss(trainer, outcome.training_loss, resume is not None),
+            "train_loss": self._train_loss(trainer, resume),
             "dev": {name: value for name, value in final.items() if isinstance(value, float)},
             "form": forward.form,
             "token_budget": self.settings.token_budget,
@@ -212,13 +212,14 @@ class _Fit:
             "cost": cost,
         }
 
-    def _train_loss(self, trainer: PreferenceTrainer, told: float, resumed: bool) -> float:
-        """The mean loss of all steps. After a resume the library knows only of those since; the log has the others."""
-        if not resumed:
-            return sum(self.ranks.gather(told)) / self.ranks.size  # between log lines it adds up its own rank's part only
-        lines = [(line["step"], line["loss"]) for line in trainer.state.log_history if "loss" in line]
-        steps = [after - before for (before, _), (after, _) in pairwise([(0, 0.0), *lines])]
-        return sum(count * loss for count, (_, loss) in zip(steps, lines, strict=True)) / max(1, sum(steps))
+    def _train_loss(self, trainer: PreferenceTrainer, resume: Path | None) -> float:
+        """The mean loss of all steps; of those before a resume, the ones up to the last log line."""
+        first = 0 if resume is None else step_of(resume)
+        since = sum(self.ranks.gather(trainer.summed_loss())) / self.ranks.size
+        lines = [(line["step"], line["loss"]) for line in trainer.state.log_history if "loss" in line and line["step"] <= first]
+        before = sum((step - last) * loss for (last, _), (step, loss) in pairwise([(0, 0.0), *lines]))
+        known = lines[-1][0] if lines else 0
+        return (before + since) / max(1, known + trainer.state.global_step - first)
 
     def _write_provenance(self) -> None:
         if self.ranks.rank:
@@ -242,6 +243,8 @@ class _Fit:
     def _start_check(self, policy: Any, device: torch.device) -> Forward:
         autocast = autocast_for(self.settings, device)
         kernels = kernels_for(device, self.settings.torch_compile)
+        lengths = [row for stream in [*self.streams, *self.dev] for row in stream.lengths]
+        check_positions(policy, max(prompt + max(replies) for prompt, replies in lengths))
         rows = self.streams[0].rows
         if self.readout == "score":
             form: Form = "padded"

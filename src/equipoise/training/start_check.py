@@ -59,7 +59,6 @@ def choose_form(
     Raises NumericsError where none agrees, or where the one form that was asked for does not.
     """
     register()
-    _check_positions(model, rows)
     with evaluating(model):
         probes = probe_rows(rows, _window(model))
         native = _native(model, probes, device, autocast)
@@ -86,12 +85,24 @@ def choose_form(
         )
 
 
+def check_positions(model: Any, longest: int) -> None:
+    """Raise UsageError where a row of `longest` tokens does not fit a table of learned positions: it would end in an index error."""
+    for name, module in unwrapped(model).named_modules():
+        if isinstance(module, torch.nn.Embedding) and _POSITIONS.search(name):
+            # Some tables begin with entries that are no positions: OPT's offset, RoBERTa's padding.
+            unused = getattr(module, "offset", 0) + (0 if module.padding_idx is None else module.padding_idx + 1)
+            room = module.num_embeddings - unused
+            if longest > room:
+                raise UsageError(
+                    f"A row has {longest} tokens, and {_family(model)} knows {room} positions: set tokenise.max_length={room}."
+                )
+
+
 def check_scores(model: Any, rows: Sequence[TokenRow], device: torch.device, autocast: Autocast = nullcontext) -> dict[str, Any]:
     """The same for a sequence classifier: a padded batch must score replies as each alone does (1e-3 of their spread).
 
     Raises NumericsError where padding changes a score (a missing pad token, a head that reads the wrong position).
     """
-    _check_positions(model, rows)
     with evaluating(model):
         probes = probe_rows(rows, None)
         with torch.no_grad(), autocast():
@@ -179,21 +190,6 @@ def _typical(one: Tensor, other: Tensor) -> float:
 
 def _reach(row: TokenRow) -> int:
     return len(row.prompt) + max(len(branch.ids) for branch in row.branches)
-
-
-def _check_positions(model: Any, rows: Sequence[TokenRow]) -> None:
-    """Raise UsageError where a row is longer than a table of learned positions, which would end in an index error."""
-    limit = getattr(unwrapped(model).config, "max_position_embeddings", None)
-    longest = max(map(_reach, rows))
-    if not limit or longest <= limit:
-        return
-    for name, module in unwrapped(model).named_modules():
-        if (
-            isinstance(module, torch.nn.Embedding)
-            and _POSITIONS.search(name)
-            and longest > module.num_embeddings - getattr(module, "offset", 0)
-        ):
-            raise UsageError(f"A row has {longest} tokens, and {_family(model)} knows {limit} positions: set tokenise.max_length={limit}.")
 
 
 def _switching(model: Any, rows: Sequence[TokenRow]) -> str:

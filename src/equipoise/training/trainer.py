@@ -155,6 +155,13 @@ class PreferenceTrainer(ShardedCheckpoints):
             name: float(value.double().mean()) for name, value in meters.items() if len(value)
         }
 
+    def summed_loss(self) -> float:
+        """The losses of the steps since the run began or was resumed; since the last log line, this rank's part only.
+
+        Versions of the library divide it by one number of steps or another in what `train` returns.
+        """
+        return float(self._total_loss_scalar)
+
     def spent(self) -> dict[str, int]:
         """Units, unique tokens (a shared prompt once) and learned tokens of all steps so far, also those before a resume."""
         spent = {"pairs": 0, "unique_tokens": 0, "trained_tokens": 0}
