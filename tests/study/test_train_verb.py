@@ -76,6 +76,19 @@ def test_an_objective_file_is_used(arguments, tmp_path, capsys):
     assert settings["streams"][0]["objective"] == {"name": "mine", "file": str(file)}
 
 
+def test_hyper_parameters_of_the_config_stay_with_an_objective_file(arguments, tmp_path, capsys):
+    file, config = tmp_path / "mine.py", tmp_path / "run.yaml"
+    file.write_text(OWN, encoding="utf-8")
+    data = next(word for word in arguments if word.startswith("streams.0.data.dataset_name=")).partition("=")[2]
+    stream = {"data": {"dataset_name": data}, "objective": {"name": "mine", "file": str(file), "nats": 5.0}}
+    config.write_text(json.dumps({"streams": [stream]}), encoding="utf-8")
+    assert main([*arguments, "--config", str(config), "--objective-file", str(file)]) == 0
+    assert json.loads(capsys.readouterr().out)["results"]["train_loss"] == pytest.approx(5.0)
+    config.write_text("streams: []", encoding="utf-8")
+    assert main(["train", "--config", str(config), "--objective-file", str(file), "--set", "model_name_or_path=x"]) == 2
+    assert "streams" in capsys.readouterr().err
+
+
 def test_an_objective_file_takes_hyper_parameters(arguments, tmp_path, capsys):
     file = tmp_path / "mine.py"
     file.write_text(OWN, encoding="utf-8")

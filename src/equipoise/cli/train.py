@@ -38,7 +38,7 @@ def run(
         # So that --set streams.0.… has a first stream to change.
         values["streams"] = [StreamSettings().resolved() | {"data": {}}]
     if objective_file is not None:
-        values["streams"][0]["objective"] = {"name": Path(objective_file).stem, "file": objective_file}
+        _put_objective(values["streams"], objective_file)
     settings = TrainSettings.make(values, overrides or (), config or "")
     if plan:
         from equipoise.training._preflight import advice
@@ -60,6 +60,15 @@ def run(
         emit_run(done)
         return
     line(f"{state(done)}: {done.folder}")
+
+
+def _put_objective(streams: Any, file: str) -> None:
+    """Name the user's own objective in the first stream; hyper-parameters the config gives the same file stay."""
+    if not isinstance(streams, list) or not streams or not isinstance(streams[0], dict):
+        return  # no streams as settings know them: that is said when they are made
+    known = streams[0].get("objective")
+    same = known if isinstance(known, dict) and known.get("file") == file else {}
+    streams[0]["objective"] = {"name": Path(file).stem, **same, "file": file}
 
 
 def planned(settings: TrainSettings) -> dict[str, Any]:
