@@ -125,6 +125,7 @@ def _theirs(job: dict[str, Any], folder: str) -> dict[str, Any]:
         use_cpu=job["device"] == "cpu",
         use_liger_kernel=settings.get("liger", False),
         logging_steps=1,
+        seed=0,  # an adapter's random factors as `fit` draws them, so that losses compare
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

@@ -243,8 +243,8 @@ class _Fit:
     def _start_check(self, policy: Any, device: torch.device) -> Forward:
         autocast = autocast_for(self.settings, device)
         kernels = kernels_for(device, self.settings.torch_compile)
-        lengths = [row for stream in [*self.streams, *self.dev] for row in stream.lengths]
-        check_positions(policy, max(prompt + max(replies) for prompt, replies in lengths))
+        every = (row for stream in [*self.streams, *self.dev] for row in stream.lengths)
+        check_positions(policy, max(prompt + max(replies) for prompt, replies in every))
         rows = self.streams[0].rows
         if self.readout == "score":
             form: Form = "padded"
