@@ -144,3 +144,24 @@ def test_code_values_and_arguments_make_a_loss_of_ones_own() -> None:
 def test_what_has_an_address_is_the_same_loss_in_every_process() -> None:
     """Only its type counts: `repr` would tell where in memory it lies."""
     assert len({code_fingerprint(partial(Scaled, object(), key=[object()])) for _ in range(3)}) == 1
+
+
+def test_a_loss_may_close_over_itself_and_an_object_hold_its_own_method() -> None:
+    def made(factor: float) -> Any:
+        def loss(scored: Any) -> Any:
+            return factor if scored is None else loss(None)
+
+        return loss
+
+    def early(scored: Any) -> Any:
+        return later(scored)
+
+    assert code_fingerprint(early), "a name it closes over is not bound yet"
+
+    def later(scored: Any) -> Any:
+        return scored
+
+    holder = Scaled(1.0)
+    holder.again = holder.loss  # type: ignore[attr-defined]
+    assert code_fingerprint(made(1.0)) == code_fingerprint(made(1.0)) != code_fingerprint(made(2.0))
+    assert code_fingerprint(holder.loss) != code_fingerprint(Scaled(1.0).loss)

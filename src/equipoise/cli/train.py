@@ -84,10 +84,8 @@ def planned(settings: TrainSettings) -> dict[str, Any]:
     check_recipe(settings)
     objectives = [build(stream.objective) for stream in settings.streams]
     train, _ = make_streams(settings, objectives, load_tokenizer(settings.model_name_or_path), None, None)
-    batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    rows = [len(given.rows) for given in train]
-    units = float(settings.max_steps * batch) if settings.max_steps > 0 else rows[0] * settings.num_train_epochs
-    steps = settings.max_steps if settings.max_steps > 0 else math.ceil(-(-rows[0] // batch) * settings.num_train_epochs)
+    rows = len(train[0].rows)
+    units, steps = settings.total_units(rows), settings.total_steps(math.ceil(rows / settings.batch_size()))
     readout = objectives[0].needs.readout
     parameters = _cost.parameters_of(settings.model_name_or_path, head=readout == "logps") or 0
     streams, flops = [], 0.0

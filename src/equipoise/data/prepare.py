@@ -48,13 +48,11 @@ def prepare(settings: PrepareSettings, tokenizer: Any, dataset: Any = None, over
     if isinstance(dataset, Iterator):
         dataset = list(dataset)  # it is read twice: fingerprinted, then tokenised
     inputs = source_fingerprint(settings.data, dataset) | {"tokenizer": tokenizer_fingerprint(tokenizer)}
-    # How many processes do it is no part of what is asked for: another number may go on with the same folder.
-    wanted = {name: value for name, value in settings.resolved().items() if name != "dataset_num_proc"}
 
     def work(folder: Path) -> Mapping[str, Any]:
         return _work(folder, settings, tokenizer, dataset)
 
-    return run_stage(settings.output_dir, "prepare", wanted, inputs, work, overwrite)
+    return run_stage(settings.output_dir, "prepare", settings.resolved(), inputs, work, overwrite, neutral=("dataset_num_proc",))
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -87,16 +87,9 @@ def _told(value: Any) -> Any:
     if isinstance(value, MethodType):
         return [_told(value.__func__), _told(value.__self__)]
     if isinstance(value, FunctionType):
-        names = value.__code__.co_freevars
-        around = dict(zip(names, (cell.cell_contents for cell in value.__closure__ or ()), strict=True))
-        return [
-            value.__module__,
-            value.__qualname__,
-            _code(value),
-            _plain(value.__defaults__),
-            _plain(value.__kwdefaults__),
-            _plain(around),
-        ]
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        around = {name: cell.cell_contents for name, cell in cells if cell != CellType()}  # a name may not be bound yet
+        return [_plain(value), _plain(value.__defaults__), _plain(value.__kwdefaults__), _plain(around)]
     kind = type(value)
     slots = {name: getattr(value, name) for name in getattr(kind, "__slots__", ()) if hasattr(value, name)}
     return [kind.__module__, kind.__qualname__, _code(kind), _plain({**slots, **getattr(value, "__dict__", {})})]
@@ -109,8 +102,8 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, (FunctionType, MethodType, partial)):
-        return _told(value)
+    if isinstance(value, FunctionType):  # its code and no more: what it closes over may be itself
+        return [value.__module__, value.__qualname__, _code(value)]
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 

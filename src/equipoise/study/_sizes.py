@@ -212,10 +212,8 @@ def detectable_differences(settings: StudySettings, prompts: Mapping[str, int]) 
     """
     from equipoise.evaluation.metrics._base import load as load_metric
     from equipoise.evaluation.power import detectable
-    from equipoise.evaluation.settings import EvaluateSettings
 
-    asked = settings.evaluation
-    rules = EvaluateSettings.make({"suite": asked.suite, "source": "scores.json", **asked.settings}, source="evaluation.settings")
+    rules = settings.evaluate_settings()
     rows: list[dict[str, Any]] = []
     for contrast in settings.primary:
         metric = load_metric(contrast.metric)

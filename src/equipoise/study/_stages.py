@@ -55,18 +55,8 @@ class Stages:
     def evaluate(self, scores: Path) -> Run:
         """Evaluate `scores.json` into `evaluation/`; what stands there of an earlier state is replaced."""
         from equipoise.evaluation.evaluate import evaluate
-        from equipoise.evaluation.settings import EvaluateSettings
 
-        asked = self.settings.evaluation
-        values = {
-            "suite": asked.suite,
-            "source": str(scores.resolve()),
-            "output_dir": str(self.folder / "evaluation"),
-            "margins": asked.margins,
-            "allow_overlap": self.settings.override_independence,
-            **asked.settings,
-        }
-        return evaluate(EvaluateSettings.make(values, source="evaluation.settings"), overwrite=True)
+        return evaluate(self.settings.evaluate_settings(str(scores.resolve()), str(self.folder / "evaluation")), overwrite=True)
 
     def _train(self, node: Node) -> Run:
         from equipoise.training.fit import fit

@@ -187,12 +187,9 @@ def _plan_training(node: Node, arms: tuple[str, ...], settings: StudySettings, s
     check_recipe(recipe)
     sizes: list[Sizes | None] = [sizer.block(stream.data, node, stream.objective) for stream in node.streams]
     first = sizes[0]
-    batch = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
-    steps = None if first is None else -(-first.rows // batch) * recipe.num_train_epochs
-    units = float(recipe.max_steps * batch) if recipe.max_steps > 0 else None if first is None else first.rows * recipe.num_train_epochs
-    if first is None or units is None or steps is None:
-        return StagePlan(node, arms, units)
-    units = min(units, steps * batch) if recipe.max_steps < 0 else units
+    units = recipe.total_units(0 if first is None else first.rows)
+    if first is None:
+        return StagePlan(node, arms, units or None)
     known = [size for size in sizes if size is not None]
     if len(known) < len(sizes):
         return StagePlan(node, arms, units * len(sizes))

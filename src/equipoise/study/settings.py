@@ -243,8 +243,7 @@ class StudySettings(Settings):
             self._check_block(where, block)
         self._check_training("judge.training", self.judge.training)
         self._check_training("training", self.training)
-        asked = {"suite": self.evaluation.suite, "source": "", "margins": self.evaluation.margins, **self.evaluation.settings}
-        for name in EvaluateSettings.make(asked, source="evaluation.settings").margins:
+        for name in self.evaluate_settings().margins:
             if name not in names("evaluation.metrics"):
                 raise UsageError(f"evaluation.margins: no metric named {name!r}.{nearest(name, names('evaluation.metrics'))}")
         for contrast in self.primary:
@@ -271,6 +270,12 @@ class StudySettings(Settings):
             else:
                 found.append(stage)
         return tuple(found)
+
+    def evaluate_settings(self, source: str = "", output_dir: str | None = None) -> EvaluateSettings:
+        """The settings of the evaluation that ends the study."""
+        asked = self.evaluation
+        values = {"suite": asked.suite, "source": source, "output_dir": output_dir, "margins": asked.margins}
+        return EvaluateSettings.make(values | {"allow_overlap": self.override_independence} | asked.settings, source="evaluation.settings")
 
     def searched(self) -> tuple[str, ...]:
         """Arms that search for a learning rate."""

@@ -99,11 +99,11 @@ def made_trainable(model: Any, settings: TrainSettings, readout: str, given: boo
     same base.
     """
     frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()] if given else []
-    plain = given and not hasattr(model, "peft_config")
+    ours = given and settings.use_peft and not hasattr(model, "peft_config")
     try:
         yield make_trainable(model, settings, readout)
     finally:
-        if plain:
+        if ours:
             _take_adapter_off(model)
         for parameter, wanted in frozen:
             parameter.requires_grad_(wanted)

@@ -159,3 +159,7 @@ class TrainSettings(Settings):
     def total_steps(self, an_epoch: int) -> int:
         """Optimizer steps of the run, of a first stream that takes `an_epoch` of them."""
         return self.max_steps if self.max_steps > 0 else math.ceil(an_epoch * self.num_train_epochs)
+
+    def total_units(self, rows: int) -> float:
+        """Units a stream gives in the whole run on one process, where the first stream has so many rows."""
+        return float(self.max_steps * self.batch_size()) if self.max_steps > 0 else rows * self.num_train_epochs
