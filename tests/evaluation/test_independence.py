@@ -11,14 +11,14 @@ from equipoise.core.prints import PromptPrints
 from equipoise.core.records import Message
 from equipoise.evaluation.evaluate import compute
 from equipoise.evaluation.independence import check
-from equipoise.evaluation.scores import TestPrompt
 from equipoise.evaluation.settings import EvaluateSettings
+from equipoise.generation._base import Prompt
 
 from .conftest import prompt_rows, verdict_rows  # isort: skip
 
 PROMPTS = [
-    TestPrompt("a", (Message("system", "Be kind."), Message("user", "How do I prune an old apple tree in winter?")), "helpful"),
-    TestPrompt("b", (Message("user", "What is the tallest mountain of the moon?"),), "helpful"),
+    Prompt("a", (Message("system", "Be kind."), Message("user", "How do I prune an old apple tree in winter?")), "helpful"),
+    Prompt("b", (Message("user", "What is the tallest mountain of the moon?"),), "helpful"),
 ]
 
 

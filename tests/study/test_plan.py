@@ -11,7 +11,7 @@ import pytest
 from equipoise.core.errors import StageError, UsageError
 from equipoise.core.files import file_fingerprint, write_jsonl
 from equipoise.evaluation import power
-from equipoise.study._cost import forward_flops, parameters_of, readable, train_flops
+from equipoise.study._cost import forward_flops, parameters_of, train_flops
 from equipoise.study._graph import build_graph
 from equipoise.study._lock import write_lock
 from equipoise.study._prompts import study_prompts
@@ -266,11 +266,6 @@ def test_sizes_are_read_off_names(name, size):
 
 def test_expected_sizes_win_over_names():
     assert parameters_of("facebook/opt-350m", {"facebook/opt-350m": 331e6}) == 331_000_000
-
-
-@pytest.mark.parametrize(("seconds", "words"), [(None, "unknown"), (45, "45 s"), (420, "7 min"), (9000, "2.5 h")])
-def test_times_for_people(seconds, words):
-    assert readable(seconds) == words
 
 
 # ---- budget and power

@@ -17,7 +17,7 @@ from equipoise.training._model import no_dropout
 from equipoise.training._simulate import Simulation
 from equipoise.training.estimate import BUDGET_CAP, LIBRARY_BYTES, Estimator, optimizer_bytes
 from equipoise.training.fit import fit
-from equipoise.training.machine import Machine, _cgroup_free
+from equipoise.training.machine import Machine, _cgroup_free, readable
 from equipoise.training.settings import TrainSettings
 from tests.tiny import FAMILIES, preference_dicts, row, tiny, tokenizer
 
@@ -185,3 +185,8 @@ def test_limits_of_a_container_count(tmp_path: Path):
     assert _cgroup_free(tmp_path) == [700]
     (tmp_path / "memory.max").write_text("max\n")
     assert _cgroup_free(tmp_path) == []
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(None, "unknown"), (45, "45 s"), (420, "7 min"), (9000, "2.5 h")])
+def test_times_for_people(seconds, words):
+    assert readable(seconds) == words

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from equipoise.cli.train import planned
 from equipoise.core.errors import DataError, UsageError
 from equipoise.core.files import read_json
 from equipoise.training._preflight import advice
 from equipoise.training.fit import fit
+from equipoise.training.plan import planned
 from equipoise.training.settings import TrainSettings
 from tests.tiny import preference_dicts, recipe
 

@@ -81,8 +81,7 @@ def report(
 
 def _show(planned: dict[str, Any]) -> None:
     """The plan as tables for people."""
-    from equipoise.study._cost import readable
-    from equipoise.training.machine import gigabytes
+    from equipoise.training.machine import gigabytes, readable
 
     rows = [
         (

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from equipoise.cli._output import Config, Json, Overwrite, Set, emit_json, emit_run, line, state, table, values_of
-
-if TYPE_CHECKING:
-    from equipoise.training.settings import TrainSettings
 
 OutputDir = Annotated[str | None, typer.Option("--output-dir", "-o", help="stage folder (default: runs/train)")]
 
@@ -42,6 +38,7 @@ def run(
     settings = TrainSettings.make(values, overrides or (), config or "")
     if plan:
         from equipoise.training._preflight import advice
+        from equipoise.training.plan import planned
 
         found = planned(settings)
         _show(found, as_json)
@@ -71,50 +68,11 @@ def _put_objective(streams: Any, file: str) -> None:
     streams[0]["objective"] = {"name": Path(file).stem, **same, "file": file}
 
 
-def planned(settings: TrainSettings) -> dict[str, Any]:
-    """What a training stage would do: rows and tokens of every stream, steps, FLOPs, peak memory and seconds on this machine."""
-    from equipoise.models.load import load_tokenizer
-    from equipoise.objectives._load import build
-    from equipoise.study import _cost
-    from equipoise.training._preflight import check_recipe
-    from equipoise.training._rows import make_streams
-    from equipoise.training.estimate import Estimator, does_not_fit
-    from equipoise.training.machine import measure
-
-    check_recipe(settings)
-    objectives = [build(stream.objective) for stream in settings.streams]
-    train, _ = make_streams(settings, objectives, load_tokenizer(settings.model_name_or_path), None, None)
-    rows = len(train[0].rows)
-    units, steps = settings.total_units(rows), settings.total_steps(math.ceil(rows / settings.batch_size()))
-    readout = objectives[0].needs.readout
-    parameters = _cost.parameters_of(settings.model_name_or_path, head=readout == "logps") or 0
-    streams, flops = [], 0.0
-    for stream, given, method in zip(settings.streams, train, objectives, strict=True):
-        tokens = units * sum(row.tokens for row in given.rows) / len(given.rows)
-        flops += _cost.train_flops(parameters, tokens, settings.use_peft, method.needs.reference != "none")
-        streams.append({"name": stream.name, "objective": dict(stream.objective), "rows": len(given.rows), "tokens": round(tokens)})
-        streams[-1]["data"] = given.outcome()
-    lengths = [[(len(row.prompt), tuple(len(branch.ids) for branch in row.branches)) for row in given.rows] for given in train]
-    machine = measure()
-    found = Estimator(settings, lengths, machine, readout, [method.needs.reference for method in objectives]).estimate()
-    fits = not machine.memory or found.memory.peak <= machine.memory
-    return {
-        "streams": streams,
-        "steps": steps,
-        "flops": flops,
-        **found.as_json(),
-        "fits": fits,
-        "problem": None if fits else does_not_fit(found.memory, machine, settings),
-        "machine": machine.as_json(),
-    }
-
-
 def _show(plan: dict[str, Any], as_json: bool) -> None:
     if as_json:
         emit_json(plan)
         return
-    from equipoise.study._cost import readable
-    from equipoise.training.machine import gigabytes
+    from equipoise.training.machine import gigabytes, readable
 
     rows = [(stream["name"], stream["objective"].get("name"), stream["rows"], f"{stream['tokens']:,}") for stream in plan["streams"]]
     table("Streams", ("stream", "objective", "rows", "tokens"), rows)

@@ -8,13 +8,14 @@ from itertools import combinations
 from typing import Any
 
 from equipoise.core.errors import UsageError, nearest
+from equipoise.data.prompts import AXES
 from equipoise.evaluation import sweep as sweeps
 from equipoise.evaluation.comparisons import Comparison, compare, decide, median_noise
 from equipoise.evaluation.independence import Independence
 from equipoise.evaluation.intervals import Estimate, Floats, mean, mean_of_rates, per_seed, rate
 from equipoise.evaluation.metrics._base import Metric, metrics
 from equipoise.evaluation.power import detectable
-from equipoise.evaluation.scores import AXES, ScoreTable, over_seeds
+from equipoise.evaluation.scores import ScoreTable, over_seeds
 from equipoise.evaluation.settings import Contrast, EvaluateSettings
 
 THRESHOLD_JUDGE = "reward-model-deberta-v3-large-v2"

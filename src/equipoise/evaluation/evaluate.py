@@ -10,10 +10,10 @@ from equipoise.core.errors import UsageError
 from equipoise.core.files import fingerprint, write_json, write_jsonl
 from equipoise.core.progress import say
 from equipoise.core.runs import Run, run_stage
+from equipoise.data.prompts import AXES
 from equipoise.evaluation.analysis import analyse, replies_of
 from equipoise.evaluation.metrics._base import metrics
 from equipoise.evaluation.power import detectable_differences
-from equipoise.evaluation.scores import AXES
 from equipoise.evaluation.settings import EvaluateSettings
 from equipoise.evaluation.suites._base import load
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from equipoise.core.prints import Overlap, PromptPrints, conversation_text
 from equipoise.evaluation.intervals import rounded
-from equipoise.evaluation.scores import TestPrompt
+from equipoise.generation._base import Prompt
 
 POLICY, JUDGE, TEST = "policy training", "judge training", "test"
 
@@ -59,7 +59,7 @@ class Independence:
 
 
 def check(
-    prompts: Sequence[TestPrompt],
+    prompts: Sequence[Prompt],
     policies: Sequence[Path],
     judge: Path | None,
     near: float = 0.8,

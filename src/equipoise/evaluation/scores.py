@@ -9,24 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from equipoise.core.records import Message
 from equipoise.evaluation.intervals import Floats
 from equipoise.evaluation.metrics._base import Case, Judged, Metric
 from equipoise.evaluation.settings import PassSettings
-
-AXES = ("helpful", "harmful", "benign")
-
-
-@dataclass(frozen=True, slots=True)
-class TestPrompt:
-    """A prompt of the evaluation: its id, turns, axis (helpful, harmful or benign) and topic."""
-
-    __test__ = False  # the name is the field's term; pytest would otherwise collect it
-
-    id: str
-    messages: tuple[Message, ...]
-    axis: str
-    topic: str = ""
+from equipoise.generation._base import Prompt
 
 
 @dataclass(frozen=True)
@@ -47,7 +33,7 @@ class ModelReplies:
 class ScoreTable:
     """Prompts and the judged replies of all models, in the order they are shown."""
 
-    prompts: tuple[TestPrompt, ...]
+    prompts: tuple[Prompt, ...]
     models: Mapping[str, ModelReplies]
     baseline: str | None = None
     passing: PassSettings = field(default=PassSettings())

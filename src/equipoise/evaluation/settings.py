@@ -31,7 +31,7 @@ class Contrast(Settings):
 
     a: str = Field(description="model")
     b: str = Field(description="model it is compared with")
-    metric: str = Field(description="metric, by name")
+    metric: str = Field(default="reward_harmful", description="metric, by name")
 
 
 class EvaluateSettings(Settings):

@@ -22,8 +22,6 @@ FORWARD_SHARE = 0.5
 """Share of the matrix peak a forward pass reaches."""
 GENERATE_SHARE = 0.22
 """Share of the matrix peak that batched token-by-token generation reaches."""
-LOAD_SECONDS = 3.0
-"""Seconds to load a model and start a stage, whatever it does."""
 _SIZE = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([MmBb])(?![A-Za-z0-9])")
 _MINILM = 10_700_000  # without its embeddings
 
@@ -80,12 +78,3 @@ def train_flops(parameters: int, tokens: float, lora: bool, reference: bool) -> 
 def forward_flops(parameters: int, tokens: float) -> float:
     """FLOPs of one forward pass, also of generating `tokens` one by one."""
     return 2.0 * parameters * tokens
-
-
-def readable(seconds: float | None) -> str:
-    """'45 s', '7 min', '2.5 h', or 'unknown'."""
-    if seconds is None:
-        return "unknown"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -13,7 +13,7 @@ from equipoise.study import _cost
 from equipoise.study._graph import Graph, Node, asks_kl, build_graph, shows_credit
 from equipoise.study._sizes import AxisSizes, Sizer, Sizes, detectable_differences
 from equipoise.study.settings import StudySettings
-from equipoise.training.machine import Machine, measure
+from equipoise.training.machine import LOAD_SECONDS, Machine, measure
 
 _BUDGETS = {"pairs": "pairs", "tokens": "tokens", "flops": "FLOPs"}
 
@@ -138,7 +138,7 @@ def _plan_stage(
         if size is None or judge is None:
             return StagePlan(node, arms, size.rows if size else None)
         flops = _cost.forward_flops(judge, size.tokens)
-        seconds = _cost.LOAD_SECONDS + flops / (machine.float32 * _cost.FORWARD_SHARE)
+        seconds = LOAD_SECONDS + flops / (machine.float32 * _cost.FORWARD_SHARE)
         return StagePlan(node, arms, size.rows, size.tokens, flops, seconds, size.counted)
     if node.search:
         axes = sizer.search_axes()
@@ -155,10 +155,10 @@ def _plan_stage(
         peak = machine.peak(str(settings.evaluation.generation.get("dtype", "float32")))
         read = _cost.forward_flops(model, asked) / (peak * _cost.FORWARD_SHARE)
         write = _cost.forward_flops(model, new) / (peak * _cost.GENERATE_SHARE)
-        return StagePlan(node, arms, prompts, new, flops, _cost.LOAD_SECONDS + read + write)
+        return StagePlan(node, arms, prompts, new, flops, LOAD_SECONDS + read + write)
     # An empty reply costs nothing; nobody knows beforehand how long the other policies' replies are, so they count in full.
     flops = _cost.forward_flops(judge, asked + (0.0 if node.policy == "empty" else new))
-    seconds = _cost.LOAD_SECONDS + flops / (machine.float32 * _cost.FORWARD_SHARE)
+    seconds = LOAD_SECONDS + flops / (machine.float32 * _cost.FORWARD_SHARE)
     if asks_kl(settings, node) and node.policy is None and node.start is not None and node.start.start is not None:
         both = 2 * _cost.forward_flops(model, asked + new)
         dtype = str(settings.evaluation.scoring.get("kl_to_base", {}).get("dtype", "float32"))
@@ -166,7 +166,7 @@ def _plan_stage(
     if node.start is not None and shows_credit(settings, node.start):
         shown = sum(min(size.prompts, settings.evaluation.token_credit) for size in axes.values()) / prompts
         both = 2 * _cost.forward_flops(model, shown * (asked + new))
-        flops, seconds = flops + both, seconds + _cost.LOAD_SECONDS + both / (machine.float32 * _cost.FORWARD_SHARE)
+        flops, seconds = flops + both, seconds + LOAD_SECONDS + both / (machine.float32 * _cost.FORWARD_SHARE)
     return StagePlan(node, arms, prompts, asked + new, flops, seconds)
 
 
@@ -206,7 +206,7 @@ def _plan_training(node: Node, arms: tuple[str, ...], settings: StudySettings, s
     if estimate is not None:
         return StagePlan(node, arms, units * len(known), tokens, flops, estimate.seconds, counted, estimate.memory.peak)
     peak = machine.rate(recipe.dtype, recipe.bf16)
-    return StagePlan(node, arms, units * len(known), tokens, flops, _cost.LOAD_SECONDS + flops / (peak * _cost.TRAIN_SHARE), counted)
+    return StagePlan(node, arms, units * len(known), tokens, flops, LOAD_SECONDS + flops / (peak * _cost.TRAIN_SHARE), counted)
 
 
 def _spent(settings: StudySettings, graph: Graph, rows: Sequence[StagePlan]) -> dict[str, dict[str, float | None]]:

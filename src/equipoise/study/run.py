@@ -18,7 +18,6 @@ from equipoise.core.errors import EquipoiseError, StageError
 from equipoise.core.files import read_json, read_jsonl, write_json, write_jsonl
 from equipoise.core.progress import say
 from equipoise.core.runs import Run, is_done
-from equipoise.study._cost import readable
 from equipoise.study._graph import Arm, Graph, Node
 from equipoise.study._lock import write_lock
 from equipoise.study._prompts import search_prompts
@@ -26,6 +25,7 @@ from equipoise.study._search import SEARCH, Found, Tried, chosen_by, divergences
 from equipoise.study._stages import PROMPTS, SEARCH_PROMPTS, Stages
 from equipoise.study.plan import StudyPlan, check_budget, plan_study
 from equipoise.study.settings import StudySettings
+from equipoise.training.machine import readable
 
 SCORES = "scores.json"
 ARMS = "arms.json"

@@ -13,7 +13,7 @@ from equipoise.core.catalog import names
 from equipoise.core.errors import UsageError, nearest
 from equipoise.core.settings import Settings
 from equipoise.data.settings import DataSettings
-from equipoise.evaluation.settings import EvaluateSettings
+from equipoise.evaluation.settings import Contrast, EvaluateSettings
 from equipoise.generation._base import Sampling
 from equipoise.training.settings import TrainSettings
 
@@ -170,14 +170,6 @@ class SearchSettings(Settings):
         description="nats a token a candidate's replies may be from the base to be chosen; None: any. A judge is easily fooled",
     )
     arms: tuple[str, ...] = Field(default=(), description="arms that search; empty: all that train")
-
-
-class Contrast(Settings):
-    """A comparison named beforehand: is `a` better than `b` in `metric`?"""
-
-    a: str = Field(description="arm")
-    b: str = Field(description="arm it is compared with")
-    metric: str = Field(default="reward_harmful", description="metric of the evaluation suite")
 
 
 class BudgetSettings(Settings):

@@ -20,7 +20,7 @@ from equipoise.models.batch import Form
 from equipoise.models.logps import unwrapped
 from equipoise.training._ranks import Ranks
 from equipoise.training._simulate import Footprint, Lengths, Simulation
-from equipoise.training.machine import Machine, bfloat16_pays, gigabytes, memory_at_hand
+from equipoise.training.machine import LOAD_SECONDS, Machine, bfloat16_pays, gigabytes, memory_at_hand
 from equipoise.training.settings import TrainSettings
 
 LIBRARY_BYTES = {"cpu": 1_050_000_000, "cuda": 0}
@@ -34,8 +34,6 @@ MATRIX_SHARE = {"cpu": 0.7, "cuda": 0.8}
 (full-512, full-autocast-1024, lora-1024), a GPU's to nothing yet."""
 MOVE_SHARE = {"cpu": 0.7, "cuda": 1.0}
 """Share of the memory bandwidth that all other operations of a step reach; measured as above."""
-LOAD_SECONDS = 3.0
-"""Seconds to load a model and start a stage, whatever it does."""
 BUDGET_STEP = 128
 DEFAULT_BUDGET = {"cpu": 512, "cuda": 8192}
 BUDGET_CAP = {"cpu": 1024, "cuda": 32768}
@@ -119,7 +117,7 @@ class Estimate:
             "token_budget": self.token_budget,
             "form": self.form,
             "memory": self.memory.as_json(),
-            "counted_flops": self.flops,
+            "flops": self.flops,
             "reference_seconds": round(self.reference_seconds, 2),
             "train_seconds": round(self.train_seconds, 2),
             "seconds": round(self.seconds, 1),

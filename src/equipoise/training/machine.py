@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 _CGROUP = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+LOAD_SECONDS = 3.0
+"""Seconds to load a model and start a stage, whatever it does."""
 
 
 @dataclass(frozen=True)
@@ -118,3 +120,12 @@ def _cgroup_free(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
 def gigabytes(size: float) -> str:
     """'3.1 GB', with 10⁹ bytes to the gigabyte."""
     return f"{size / 1e9:.1f} GB"
+
+
+def readable(seconds: float | None) -> str:
+    """'45 s', '7 min', '2.5 h', or 'unknown'."""
+    if seconds is None:
+        return "unknown"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -25,8 +25,9 @@ from equipoise.core.records import Message
 from equipoise.evaluation.analysis import THRESHOLD_JUDGE, Source
 from equipoise.evaluation.independence import check
 from equipoise.evaluation.metrics._base import Case, Judged, harmless, helpful
-from equipoise.evaluation.scores import ModelReplies, ScoreTable, TestPrompt
+from equipoise.evaluation.scores import ModelReplies, ScoreTable
 from equipoise.evaluation.settings import Contrast, EvaluateSettings, PassSettings
+from equipoise.generation._base import Prompt
 
 FILES = {"harmful": "harmfulness_classification.json", "helpful": "helpfulness_classification.json"}
 LABELS = {"harmful": ("harmful", "harmless"), "helpful": ("unhelpful", "helpful")}
@@ -52,7 +53,7 @@ def read(settings: EvaluateSettings) -> Source:
     """Both files as one table of four models and two axes."""
     reproduction = settings.passing.reproduction is not False
     passing = settings.passing.model_copy(update={"reproduction": reproduction})
-    prompts: list[TestPrompt] = []
+    prompts: list[Prompt] = []
     replies: dict[str, dict[str, Judged]] = {}
     labels: list[Row] = []
     empty: dict[str, dict[str, Row]] = {}
@@ -63,7 +64,7 @@ def read(settings: EvaluateSettings) -> Source:
             key = (row["prompt"], occurrence)
             if key not in ids:
                 ids[key] = f"{axis}-{len(ids):03d}"
-                prompts.append(TestPrompt(ids[key], (Message("user", row["prompt"]),), axis))
+                prompts.append(Prompt(ids[key], (Message("user", row["prompt"]),), axis))
             reply = Judged(row["response"], row["rating"])
             replies.setdefault(model, {})[ids[key]] = reply
             passes = _passes(reply, axis, passing, raw=True)

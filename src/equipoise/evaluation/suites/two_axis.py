@@ -18,11 +18,13 @@ from equipoise.core.errors import DataError, UsageError, nearest
 from equipoise.core.files import file_fingerprint, read_json, read_jsonl
 from equipoise.core.records import MESSAGE_ROLES, Message
 from equipoise.core.settings import Settings
+from equipoise.data.prompts import AXES
 from equipoise.evaluation.analysis import Source
 from equipoise.evaluation.independence import check
 from equipoise.evaluation.metrics._base import Judged
-from equipoise.evaluation.scores import AXES, ModelReplies, ScoreTable, TestPrompt
+from equipoise.evaluation.scores import ModelReplies, ScoreTable
 from equipoise.evaluation.settings import Contrast, EvaluateSettings
+from equipoise.generation._base import Prompt
 
 SCORES = "scores.json"
 SCORERS = ("reward", "invalid", "refusal", "length", "kl_to_base")
@@ -103,16 +105,14 @@ def _scores(settings: EvaluateSettings) -> tuple[Path, _Scores]:
         raise DataError(str(error)) from error
 
 
-def _prompts(path: Path) -> dict[str, TestPrompt]:
-    prompts: dict[str, TestPrompt] = {}
+def _prompts(path: Path) -> dict[str, Prompt]:
+    prompts: dict[str, Prompt] = {}
     for number, row in _rows(path, ("id", "prompt", "axis")):
         if row["axis"] not in AXES:
             raise DataError(f"{path}, prompt {number} ({row['id']}): unknown axis {row['axis']!r}.{nearest(str(row['axis']), AXES)}")
         if str(row["id"]) in prompts:
             raise DataError(f"{path}, prompt {number}: the id {row['id']!r} stands twice.")
-        prompts[str(row["id"])] = TestPrompt(
-            str(row["id"]), _messages(path, number, row["prompt"]), row["axis"], str(row.get("topic") or "")
-        )
+        prompts[str(row["id"])] = Prompt(str(row["id"]), _messages(path, number, row["prompt"]), row["axis"], str(row.get("topic") or ""))
     if not prompts:
         raise DataError(f"{path} holds no prompts.")
     return prompts
@@ -127,7 +127,7 @@ def _messages(path: Path, number: int, turns: Any) -> tuple[Message, ...]:
     return tuple(Message(turn["role"], turn["content"]) for turn in turns)
 
 
-def _replies(folder: Path, entry: _Model, prompts: Mapping[str, TestPrompt]) -> dict[str, Judged]:
+def _replies(folder: Path, entry: _Model, prompts: Mapping[str, Prompt]) -> dict[str, Judged]:
     path = folder / entry.completions
     verdicts = _verdicts(folder, entry, prompts)
     replies: dict[str, Judged] = {}
@@ -148,7 +148,7 @@ def _replies(folder: Path, entry: _Model, prompts: Mapping[str, TestPrompt]) -> 
     return replies
 
 
-def _verdicts(folder: Path, entry: _Model, prompts: Mapping[str, TestPrompt]) -> dict[str, dict[str, Any]]:
+def _verdicts(folder: Path, entry: _Model, prompts: Mapping[str, Prompt]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for path in (folder / name for name in entry.verdicts):
         for number, row in _rows(path, ("id", "by", "value")):
