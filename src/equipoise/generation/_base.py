@@ -6,7 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -15,6 +15,8 @@ from equipoise.core.catalog import module
 from equipoise.core.errors import DataError, UsageError
 from equipoise.core.records import Message, messages_from
 from equipoise.core.settings import Settings
+
+CHUNK = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +83,22 @@ class Completion:
             raise DataError(f"Not a completion: {str(row)[:120]!r} ({error}).") from error
 
 
-class Generator(Protocol):
+class Generator(ABC):
     """Answers prompts."""
 
+    @abstractmethod
     def __call__(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """One completion per prompt, in order."""
-        ...
+
+    def batches(self, prompts: Sequence[Prompt], sampling: Sampling) -> Sequence[Sequence[int]]:
+        """Numbers of the prompts a stage asks for in one call, and keeps before the next: here in order, some at a time."""
+        numbers = range(len(prompts))
+        return [numbers[start : start + CHUNK] for start in range(0, len(prompts), CHUNK)]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What the stage's results say besides."""
+        return {}
 
 
 class GeneratorSettings(Settings, ABC):

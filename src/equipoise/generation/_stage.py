@@ -17,7 +17,6 @@ from equipoise.generation._base import Completion, Generator, GeneratorSettings,
 
 COMPLETIONS = "completions.jsonl"
 _PARTIAL = "completions.partial.jsonl"
-_CHUNK = 32
 
 
 class GenerateSettings(Settings):
@@ -57,7 +56,7 @@ def _answer(folder: Path, generator: Generator, prompts: Sequence[Prompt], sampl
     with JsonlAppender(folder / _PARTIAL) as partial:
         done = {row["id"]: row for row in partial.rows}
         with bar("generating", len(prompts)) as progress:
-            for batch in _batches(generator, prompts, sampling):
+            for batch in generator.batches(prompts, sampling):
                 members = [prompts[index] for index in batch]
                 if any(prompt.id not in done for prompt in members):
                     # A batch torn by a kill is made again whole: its composition must not depend on where the kill fell.
@@ -74,14 +73,5 @@ def _answer(folder: Path, generator: Generator, prompts: Sequence[Prompt], sampl
         "cut_off": sum(row["finish_reason"] == "length" for row in rows),
         "empty": sum(not row["text"].strip() for row in rows),
         "weights": rows[0]["weights"],
-        **getattr(generator, "counts", {}),
+        **generator.counts,
     }
-
-
-def _batches(generator: Generator, prompts: Sequence[Prompt], sampling: Sampling) -> Sequence[Sequence[int]]:
-    """The generator's own batches of prompt numbers where it has a view on them, else runs of equal size."""
-    own = getattr(generator, "batches", None)
-    if own is not None:
-        batches: Sequence[Sequence[int]] = own(prompts, sampling)
-        return batches
-    return [range(start, min(start + _CHUNK, len(prompts))) for start in range(0, len(prompts), _CHUNK)]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from equipoise.core.files import read_jsonl
+from equipoise.scorers._stage import VERDICTS
 from equipoise.study._graph import Arm
 
 SEARCH = "search.json"
@@ -107,7 +108,7 @@ def divergences(folders: Sequence[Path]) -> list[float | None]:
     """Mean nats a token from the base of each candidate's replies; None where they were not scored by it."""
     found: list[float | None] = []
     for folder in folders:
-        values = [row["value"] for row in read_jsonl(folder / "verdicts.jsonl") if row["by"] == "kl_to_base" and row["value"] is not None]
+        values = [row["value"] for row in read_jsonl(folder / VERDICTS) if row["by"] == "kl_to_base" and row["value"] is not None]
         found.append(float(np.mean(values)) if values else None)
     return found
 
@@ -127,4 +128,4 @@ def _number(found: Mapping[tuple[str, str], float | None], prompt: str, by: str)
 
 
 def _verdicts(folder: Path) -> dict[tuple[str, str], float | None]:
-    return {(row["id"], row["by"]): row["value"] for row in read_jsonl(folder / "verdicts.jsonl")}
+    return {(row["id"], row["by"]): row["value"] for row in read_jsonl(folder / VERDICTS)}

@@ -16,6 +16,7 @@ from equipoise.data.load import load
 from equipoise.data.mixture import prompt_texts
 from equipoise.data.settings import DataSettings
 from equipoise.generation._base import Prompt, Sampling
+from equipoise.generation._stage import COMPLETIONS
 from equipoise.study._graph import Node, asks_kl, build_graph, shows_credit
 from equipoise.study._prompts import study_prompts
 from equipoise.study.settings import StudySettings
@@ -130,7 +131,7 @@ class Stages:
         if shows_credit(self.settings, node.start):
             scorers.append({"scorer": "token_credit", **pair, "ids": self._credited(), **asked.scoring.get("token_credit", {})})
         values = {
-            "completions": str(node.start.folder(self.folder) / "completions.jsonl"),
+            "completions": str(node.start.folder(self.folder) / COMPLETIONS),
             "scorers": scorers,
             "output_dir": str(node.folder(self.folder)),
         }

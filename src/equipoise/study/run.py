@@ -18,6 +18,9 @@ from equipoise.core.errors import EquipoiseError, StageError
 from equipoise.core.files import read_json, read_jsonl, write_json, write_jsonl
 from equipoise.core.progress import say
 from equipoise.core.runs import Run, is_done
+from equipoise.evaluation.suites.two_axis import SCORES
+from equipoise.generation._stage import COMPLETIONS
+from equipoise.scorers._stage import VERDICTS
 from equipoise.study._graph import Arm, Graph, Node
 from equipoise.study._lock import write_lock
 from equipoise.study._prompts import search_prompts
@@ -27,7 +30,6 @@ from equipoise.study.plan import StudyPlan, check_budget, plan_study
 from equipoise.study.settings import StudySettings
 from equipoise.training.machine import readable
 
-SCORES = "scores.json"
 ARMS = "arms.json"
 
 
@@ -256,8 +258,8 @@ def _scores(settings: StudySettings, folder: Path, graph: Graph, done: list[Arm]
                 "name": arm.name,
                 "seed": arm.seed,
                 "kind": arm.kind,
-                "completions": _relative(arm.generate.folder(folder) / "completions.jsonl", folder),
-                "verdicts": [_relative(arm.score.folder(folder) / "verdicts.jsonl", folder)],
+                "completions": _relative(arm.generate.folder(folder) / COMPLETIONS, folder),
+                "verdicts": [_relative(arm.score.folder(folder) / VERDICTS, folder)],
             }
             for arm in done
         ],
