@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from equipoise.evaluation.intervals import SMALL, Estimate, Floats, about_mean, bonett_price, bootstrap, present, rate, rounded
+from equipoise.evaluation.intervals import SMALL, Estimate, Floats, about_mean, bonett_price, present, rate, rounded
 from equipoise.evaluation.metrics._base import Metric, preferred
 from equipoise.evaluation.paired import Word, holm, mcnemar, sign_flip, verdict
 from equipoise.evaluation.power import needed_mean, needed_rate
@@ -137,14 +137,11 @@ def _figure(samples: Sequence[Floats], weights: Sequence[float]) -> float:
 def _interval(
     metric: Metric, samples: Sequence[Floats], weights: Sequence[float], settings: EvaluateSettings
 ) -> tuple[float | None, float | None, str]:
-    constant = any(np.ptp(sample) == 0 for sample in samples)
-    if metric.kind == "rate" and (len(samples) == 1 or constant):
+    if metric.kind == "rate":
         return *bonett_price(samples, weights, settings.confidence), "Bonett-Price interval"
-    if len(samples) > 1:
-        low, high = bootstrap(samples, weights, settings.confidence, settings.resamples, settings.seed) or (None, None)
-        return low, high, "stratified paired bootstrap (BCa)"
-    low, high = about_mean(samples[0], settings.confidence, settings.resamples, settings.seed) or (None, None)
-    few = ", no narrower than Student's t" if len(samples[0]) < SMALL else ""
+    (sample,) = samples  # no mean has several parts
+    low, high = about_mean(sample, settings.confidence, settings.resamples, settings.seed) or (None, None)
+    few = ", no narrower than Student's t" if len(sample) < SMALL else ""
     return low, high, f"paired bootstrap (BCa){few}"
 
 
