@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from equipoise.evaluation.intervals import SMALL, Estimate, Floats, about_mean, bonett_price, present, rate, rounded
+from equipoise.evaluation.intervals import Estimate, Floats, about_mean, bonett_price, present, rate, rounded
 from equipoise.evaluation.metrics._base import Metric, preferred
 from equipoise.evaluation.paired import Word, holm, mcnemar, sign_flip, verdict
 from equipoise.evaluation.power import needed_mean, needed_rate
@@ -141,8 +141,7 @@ def _interval(
         return *bonett_price(samples, weights, settings.confidence), "Bonett-Price interval"
     (sample,) = samples  # no mean has several parts
     low, high = about_mean(sample, settings.confidence, settings.resamples, settings.seed) or (None, None)
-    few = ", no narrower than Student's t" if len(sample) < SMALL else ""
-    return low, high, f"paired bootstrap (BCa){few}"
+    return low, high, "paired bootstrap (BCa), no narrower than Student's t"
 
 
 def _test(
