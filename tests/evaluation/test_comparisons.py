@@ -51,3 +51,13 @@ def test_a_difference_of_cas_is_covered(harmful: int, helpful: int, differing: f
     odds = [differing / 2, 1 - differing, differing / 2]
     found = [cas(*(generator.choice([-1, 0, 1], size, p=odds) for size in (harmful, helpful))) for _ in range(300)]
     assert np.mean([item.low <= 0 <= item.high for item in found]) > 0.935
+
+
+def test_the_probability_is_over_the_prompts_of_the_difference() -> None:
+    """Ten prompts were judged and `a` wins them; ten nobody judged, and there `a` says nothing. Both figures are of the first ten."""
+    ids = [f"benign-{n}" for n in range(20)]
+    a = {name: Judged("a reply", 1.0) if n < 10 else Judged("", invalid=True) for n, name in enumerate(ids)}
+    b = {name: Judged("a reply", 0.0 if n < 10 else None) for n, name in enumerate(ids)}
+    found = compare(scored({"a": a, "b": b}), "reward_benign", load("reward_benign"), "a", "b", QUICK)
+    assert (found.n, found.missing, found.difference) == (10, 10, 1.0)
+    assert (found.prob_a_better.n, found.prob_a_better.value) == (10, 1.0)
