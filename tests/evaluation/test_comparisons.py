@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from equipoise.core.records import Message
-from equipoise.evaluation.comparisons import Comparison, compare
+from equipoise.evaluation.comparisons import Comparison, compare, median_noise
 from equipoise.evaluation.metrics._base import Judged, load
+from equipoise.evaluation.power import detectable
 from equipoise.evaluation.scores import ModelReplies, ScoreTable, TestPrompt
 from equipoise.evaluation.settings import EvaluateSettings
 
@@ -61,3 +62,17 @@ def test_the_probability_is_over_the_prompts_of_the_difference() -> None:
     found = compare(scored({"a": a, "b": b}), "reward_benign", load("reward_benign"), "a", "b", QUICK)
     assert (found.n, found.missing, found.difference) == (10, 10, 1.0)
     assert (found.prob_a_better.n, found.prob_a_better.value) == (10, 1.0)
+
+
+def test_what_was_detectable_counts_the_prompts_compared() -> None:
+    """Of 20 prompts 12 have verdicts of both models: those can show something, the other eight cannot."""
+    generator = np.random.default_rng(17)
+    a, b = (
+        {f"harmful-{n}": Judged("a reply", None if name == "a" and n >= 12 else float(generator.normal())) for n in range(20)}
+        for name in "ab"
+    )
+    metric = load("reward_harmful")
+    found = compare(scored({"a": a, "b": b}), "reward_harmful", metric, "a", "b", QUICK)
+    row = detectable("reward_harmful", metric, {"harmful": 20}, noise=median_noise([found], "reward_harmful"))
+    assert (found.n, row["n"]) == (12, 12)
+    assert row["difference"] == pytest.approx(2.801585 * found.noise / math.sqrt(12), abs=1e-3)

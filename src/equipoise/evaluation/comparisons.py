@@ -189,7 +189,7 @@ def _prob_a_better(table: ScoreTable, metric: Metric, a: str, b: str, counts: ND
 
 
 def median_noise(comparisons: Iterable[Comparison], metric: str) -> Mapping[str, float]:
-    """The middle `noise` and `discordance` of a metric's comparisons, where there are any."""
-    rows = [item for item in comparisons if item.metric == metric]
-    found = {name: [value for value in (getattr(item, name) for item in rows) if value] for name in ("noise", "discordance")}
+    """The middle `noise` and `discordance` of a metric's comparisons, where there are any, and their middle `n`."""
+    rows = [item for item in comparisons if item.metric == metric and (item.noise or item.discordance)]
+    found = {name: [value for item in rows if (value := getattr(item, name))] for name in ("noise", "discordance", "n")}
     return {name: float(np.median(values)) for name, values in found.items() if values}
