@@ -120,6 +120,10 @@ def test_seeds_agree(differences, expected: bool) -> None:
         ({"low": -0.1, "high": 0.1, "p": 1.0, "margin": 5.0, "differing": MINIMUM - 1}, "undecided"),  # of means: too few that differ
         ({"low": -0.1, "high": 0.1, "p": 1.0, "margin": 5.0, "differing": MINIMUM}, "equivalent"),
         ({"low": 0.01, "high": 0.1, "p": 0.03, "margin": 5.0, "differing": 6}, "real"),
+        ({"low": -1.0, "high": 1.0, "p": 0.9, "margin": 5.0, "differences": (-4.0, 4.0)}, "equivalent"),
+        ({"low": -1.0, "high": 1.0, "p": 0.9, "margin": 5.0, "differences": (-8.0, 8.0)}, "undecided"),  # a mean of nothing
+        ({"low": -1.0, "high": 1.0, "p": 0.9, "margin": 5.0, "differences": (0.0, None)}, "undecided"),
+        ({"low": 1.0, "high": 4.5, "p": 0.01, "margin": 5.0, "differences": (0.5, 5.5)}, "real"),
         ({"low": None, "high": None, "p": 1.0, "margin": 5.0}, "undecided"),
         ({"low": 1.0, "high": 2.0, "p": 0.05}, "undecided"),  # not below alpha
     ],
@@ -140,3 +144,4 @@ def test_the_reason_names_what_stands_in_the_way_of_equivalence() -> None:
     assert reason(high=6.0) == "p = 0.5 is not below 0.05, and the interval leaves ±5"
     assert reason(n=9) == "p = 0.5 is not below 0.05, and 9 prompts are too few to call them equivalent"
     assert reason(differing=3) == "p = 0.5 is not below 0.05, and only 3 prompts differ, too few to know the spread"
+    assert reason(differences=(6.0, -6.0)) == "p = 0.5 is not below 0.05, and not every seed lies inside ±5"

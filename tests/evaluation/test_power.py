@@ -113,3 +113,5 @@ def test_after_a_run_the_noise_found_is_used() -> None:
     assert found["difference"] == pytest.approx(100 * detectable_rate(50, 0.22), abs=1e-3)
     found = detectable("reward_harmful", reward, {"harmful": 50}, noise={"noise": 1.5})
     assert (found["difference"], found["unit"]) == (pytest.approx(2.801585 * 1.5 / 50**0.5, abs=1e-3), "reward")
+    found = detectable("reward_harmful", reward, {"harmful": 50}, noise={"noise": 1.5, "n": 20.0})
+    assert (found["difference"], found["n"]) == (pytest.approx(2.801585 * 1.5 / 20**0.5, abs=1e-3), 20)

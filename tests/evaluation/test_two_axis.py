@@ -110,12 +110,21 @@ def test_seeds_are_averaged_per_prompt_and_must_agree(write_scores) -> None:
     row = find(evaluation, "tuned", "base", "reward_helpful")
     assert (row["difference"], row["per_seed"], row["verdict"]) == (3.0, [2.0, 4.0], "real")
     assert not any("One seed" in warning for warning in evaluation["warnings"])
+    assert any("all 2 agree in sign in 50 % of comparisons" in warning for warning in evaluation["warnings"])
 
     torn = models | {("tuned", seed): better_by(gain) for seed, gain in ((0, 4.0), (1, -1.0))}
     evaluation, _ = compute(settings(write_scores(torn, baseline="base")))
     row = find(evaluation, "tuned", "base", "reward_helpful")
     assert (row["difference"], row["verdict"], row["n_needed"]) == (1.5, "undecided", None)
     assert "seeds do not agree" in row["reason"]
+
+
+def test_six_seeds_that_agree_are_beyond_chance(write_scores) -> None:
+    """A sign test of six seeds alone: 2 / 2⁶ = 0.031; of five, 0.063."""
+    models = {"base": better_by(0.0)} | {("tuned", seed): better_by(1.0) for seed in range(6)}
+    assert not any(" seeds per arm" in warning for warning in compute(settings(write_scores(models)))[0]["warnings"])
+    del models["tuned", 5]
+    assert any("5 seeds per arm" in warning for warning in compute(settings(write_scores(models)))[0]["warnings"])
 
 
 def test_a_prompt_without_a_verdict_under_one_seed_is_said(write_scores) -> None:

@@ -63,7 +63,7 @@ def analyse(source: Source, settings: EvaluateSettings) -> dict[str, Any]:
         "sweep": {name: rows for name, rows in swept.items() if rows},
         "judge": dict(source.judge),
         "independence": source.independence.as_json(),
-        "warnings": [*source.independence.warnings(), *source.warnings, *_warnings(source, shown, estimates, swept)],
+        "warnings": [*source.independence.warnings(), *source.warnings, *_warnings(source, shown, estimates, swept, settings.alpha)],
         **source.extra,
     }
 
@@ -149,7 +149,11 @@ def _detectable(
 
 
 def _warnings(
-    source: Source, shown: Mapping[str, Metric], estimates: Mapping[str, Mapping[str, Estimate]], swept: Mapping[str, list[sweeps.Row]]
+    source: Source,
+    shown: Mapping[str, Metric],
+    estimates: Mapping[str, Mapping[str, Estimate]],
+    swept: Mapping[str, list[sweeps.Row]],
+    alpha: float,
 ) -> list[str]:
     table, found = source.table, []
     for name, metric in shown.items():
@@ -173,9 +177,21 @@ def _warnings(
         found.append("No null policy (always refuse, echo, empty, a random reply) stands in this table, so no metric could be flagged.")
     if not table.passing.reproduction:
         found += _unchecked(table)
-    if table.arms() and all(len(table.models[name].seeds) == 1 for name in table.arms()):
-        found.append("One seed per arm: a difference found here is one of these trained models; another seed may turn it around.")
-    return found + _uneven(table, shown)
+    return found + _few_seeds(table, alpha) + _uneven(table, shown)
+
+
+def _few_seeds(table: ScoreTable, alpha: float) -> list[str]:
+    """That seeds too few for a sign test of their own leave a difference to chance, which no p over prompts counts."""
+    seeds = max((len(table.models[name].seeds) for name in table.arms()), default=0)
+    chance = 2.0 ** (1 - seeds)
+    if seeds == 1:
+        return ["One seed per arm: a difference found here is one of these trained models; another seed may turn it around."]
+    if seeds and chance >= alpha:
+        return [
+            f"{seeds} seeds per arm: intervals and p-values are over prompts, not over seeds. Where nothing but its seeds sets an arm "
+            f"apart, all {seeds} agree in sign in {100 * chance:.3g} % of comparisons."
+        ]
+    return []
 
 
 def _unchecked(table: ScoreTable) -> list[str]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from equipoise.evaluation.intervals import SMALL, Estimate, Floats, about_mean, bonett_price, bootstrap, present, rate, rounded
+from equipoise.evaluation.intervals import Estimate, Floats, about_mean, bonett_price, present, rate, rounded
 from equipoise.evaluation.metrics._base import Metric, preferred
 from equipoise.evaluation.paired import Word, holm, mcnemar, sign_flip, verdict
 from equipoise.evaluation.power import needed_mean, needed_rate
@@ -93,7 +95,7 @@ def compare(table: ScoreTable, name: str, metric: Metric, a: str, b: str, settin
         p=p,
         test=f"{by_test}; {by_interval}",
         by_seed=_by_seed(metric, table.models[a], table.models[b], values_a, values_b),
-        prob_a_better=_prob_a_better(table, metric, a, b, settings.confidence) if metric.preference else None,
+        prob_a_better=_prob_a_better(table, metric, a, b, ~np.isnan(all_pairs[0]), settings.confidence) if metric.preference else None,
         noise=scale * math.sqrt(variance * n),
         discordance=discordance,
         differing=None if metric.kind == "rate" else sum(int((np.abs(sample) > _SAME).sum()) for sample in samples),
@@ -137,15 +139,11 @@ def _figure(samples: Sequence[Floats], weights: Sequence[float]) -> float:
 def _interval(
     metric: Metric, samples: Sequence[Floats], weights: Sequence[float], settings: EvaluateSettings
 ) -> tuple[float | None, float | None, str]:
-    constant = any(np.ptp(sample) == 0 for sample in samples)
-    if metric.kind == "rate" and (len(samples) == 1 or constant):
+    if metric.kind == "rate":
         return *bonett_price(samples, weights, settings.confidence), "Bonett-Price interval"
-    if len(samples) > 1:
-        low, high = bootstrap(samples, weights, settings.confidence, settings.resamples, settings.seed) or (None, None)
-        return low, high, "stratified paired bootstrap (BCa)"
-    low, high = about_mean(samples[0], settings.confidence, settings.resamples, settings.seed) or (None, None)
-    few = ", no narrower than Student's t" if len(samples[0]) < SMALL else ""
-    return low, high, f"paired bootstrap (BCa){few}"
+    (sample,) = samples  # no mean has several parts
+    low, high = about_mean(sample, settings.confidence, settings.resamples, settings.seed) or (None, None)
+    return low, high, "paired bootstrap (BCa), no narrower than Student's t"
 
 
 def _test(
@@ -178,17 +176,20 @@ def _by_seed(
     return tuple(found)
 
 
-def _prob_a_better(table: ScoreTable, metric: Metric, a: str, b: str, confidence: float) -> Estimate:
-    """P(A better than B) by reward, ties half, averaged over the seeds of a prompt; Wilson's interval over prompts."""
-    values: list[float | None] = []
-    for pairs in table.pairs(metric.parts[0].axes, a, b):
+def _prob_a_better(table: ScoreTable, metric: Metric, a: str, b: str, counts: NDArray[np.bool_], confidence: float) -> Estimate:
+    """P(A better than B) by reward, ties half, averaged over the seeds of a prompt; Wilson's interval over the prompts that count.
+
+    counts: prompts whose difference is known. An invalid reply loses without a verdict too, but not beside figures of other prompts.
+    """
+    values = []
+    for pairs in compress(table.pairs(metric.parts[0].axes, a, b), counts):
         outcomes = [outcome for outcome in (preferred(left, right, table.passing) for left, right in pairs) if outcome is not None]
-        values.append(sum(outcomes) / len(outcomes) if outcomes else None)
-    return rate([np.nan if value is None else value for value in values], unit="", confidence=confidence)
+        values.append(sum(outcomes) / len(outcomes))
+    return rate(values, unit="", confidence=confidence)
 
 
 def median_noise(comparisons: Iterable[Comparison], metric: str) -> Mapping[str, float]:
-    """The middle `noise` and `discordance` of a metric's comparisons, where there are any."""
-    rows = [item for item in comparisons if item.metric == metric]
-    found = {name: [value for value in (getattr(item, name) for item in rows) if value] for name in ("noise", "discordance")}
+    """The middle `noise` and `discordance` of a metric's comparisons, where there are any, and their middle `n`."""
+    rows = [item for item in comparisons if item.metric == metric and (item.noise or item.discordance)]
+    found = {name: [value for item in rows if (value := getattr(item, name))] for name in ("noise", "discordance", "n")}
     return {name: float(np.median(values)) for name, values in found.items() if values}

@@ -4,9 +4,10 @@ real        p < α (adjusted by Holm among the contrasts named as primary before
             every seed's difference has the same sign
 equivalent  the whole interval of the difference (95 %, unless `confidence` says otherwise; below 90 % it is refused) lies
             inside ± a margin set beforehand. At 95 % this is two one-sided tests at 2.5 % each, stricter than the usual 5 %
-            (a 90 % interval), so that the interval shown is the one that decides. Fewer than ten prompts never suffice; for
-            means (rewards, lengths, KL) ten must differ, since a bootstrap of almost equal values has hardly any width. It
-            comes before `real`: a difference may be beyond chance and still be too small to matter
+            (a 90 % interval), so that the interval shown is the one that decides. Where there are several seeds, every seed's
+            difference lies inside the margin too: two that are far apart may have a mean of nothing. Fewer than ten prompts
+            never suffice; for means (rewards, lengths, KL) ten must differ, since a bootstrap of almost equal values has
+            hardly any width. It comes before `real`: a difference may be beyond chance and still be too small to matter
 undecided   neither: then `power.py` says how many prompts it would take
 """
 
@@ -100,7 +101,7 @@ def verdict(
     """
     if low is None or high is None or p is None:
         return "undecided", "too few prompts with both verdicts"
-    doubt = "" if margin is None else _doubt(low, high, n, margin, differing)
+    doubt = "" if margin is None else _doubt(low, high, n, margin, differences, differing)
     if margin is not None and not doubt:
         beyond = " (and differs from zero beyond chance)" if p < alpha else ""
         return "equivalent", f"the {100 * confidence:g} % interval lies inside ±{margin:g}, the margin set beforehand{beyond}"
@@ -111,10 +112,12 @@ def verdict(
     return "real", f"p = {p:.2g} is below {alpha:g}" + (", and every seed agrees in sign" if len(differences) > 1 else "")
 
 
-def _doubt(low: float, high: float, n: int, margin: float, differing: int | None) -> str:
+def _doubt(low: float, high: float, n: int, margin: float, differences: Sequence[float | None], differing: int | None) -> str:
     """Why two models cannot be called equivalent; empty where they can."""
     if not (-margin < low and high < margin):
         return f"the interval leaves ±{margin:g}"
+    if not all(value is not None and abs(value) < margin for value in differences):
+        return f"not every seed lies inside ±{margin:g}"
     if n < MINIMUM:
         return f"{n} prompts are too few to call them equivalent"
     if differing is not None and differing < MINIMUM:

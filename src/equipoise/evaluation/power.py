@@ -95,14 +95,16 @@ def detectable(
 ) -> dict[str, Any] | None:
     """One entry of `detectable`: the smallest difference of a metric that `counts` (axis → prompts) can show, and what that assumes.
 
-    noise: `noise` and `discordance` as `comparisons.median_noise` finds them after a run. Without it (before a run) rates are
-    taken to differ on half of the prompts, and means are given in standard deviations of the per-prompt difference.
+    noise: `noise`, `discordance` and `n` (prompts that have both verdicts; else all count) as `comparisons.median_noise` finds them
+    after a run. Without it (before a run) rates are taken to differ on half of the prompts, and means are given in standard
+    deviations of the per-prompt difference.
     None where the prompts are too few for any difference.
     """
     sizes = [sum(counts.get(axis, 0) for axis in part.axes) for part in metric.parts]
     if min(sizes) < 2:
         return None
-    found, n = dict(noise or {}), sum(sizes)
+    found = dict(noise or {})
+    n = round(found.get("n", sum(sizes)))
     unit = metric.difference_unit
     if metric.kind == "rate" and len(sizes) == 1 and (not found or "discordance" in found):
         discordance = found.get("discordance", DISCORDANCE)
