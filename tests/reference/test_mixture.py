@@ -79,6 +79,12 @@ def test_clipping_keeps_further_references_near_the_base(tmp_path: Path) -> None
     assert rejected.sum() == pytest.approx(-0.9, abs=1e-5)
 
 
+def test_a_reference_of_weight_zero_does_not_count_however_far_it_is(tmp_path: Path) -> None:
+    two = stores(tmp_path, [[-100.0, -200.0], [-1.0]], [[-500.0, -600.0], [-1.0]])
+    chosen, _ = Mixture(two, [1.0, 0.0], clip=None).get(row())
+    assert chosen.tolist() == [-100.0, -200.0]
+
+
 def test_no_pair_to_compare_raises(tmp_path: Path) -> None:
     (store,) = stores(tmp_path, [[-1.0, -2.0], [-3.0]])
     alone = TokenRow("b", row().prompt, row().branches[:1])

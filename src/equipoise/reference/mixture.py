@@ -40,7 +40,8 @@ class Mixture:
         logps = [store.get(row) for store in self._stores]
         learned = [branch.marks["learn"] for branch in row.branches]
         sums = np.array([[reply[mark].sum() for reply, mark in zip(replies, learned, strict=True)] for replies in logps], dtype=np.float64)
-        logs = np.log(np.maximum(self._alphas(row, sums), 1e-300))
+        with np.errstate(divide="ignore"):  # a weight of 0 is −∞: that reference does not count, however unlikely it finds the reply
+            logs = np.log(self._alphas(row, sums))
         wanted = self._clipped(row, sums)
         mixed = []
         for number, mark in enumerate(learned):
