@@ -200,6 +200,8 @@ def test_pairs_may_carry_flags_and_scores() -> None:
             ("b", {"honesty": 0.5}, False),
         ]
     assert of(row).format == "preference"
+    margin = of(SAMPLES["preference"] | {"margin": 1.5}, SAMPLES["preference"] | {"margin": None}).records
+    assert [[dict(reply.scores) for reply in record.replies] for record in margin] == [[{"margin": 1.5}, {}], [{}, {}]]
     # Both flags beside a prompt are the starter's columns, whose replies may be messages as well.
     messages = SAMPLES["starter"] | {"chosen": TURNS[1:], "rejected": [{"role": "assistant", "content": "b"}]}
     loaded = of(messages)

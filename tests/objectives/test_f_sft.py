@@ -101,6 +101,15 @@ def test_levels_by_hand() -> None:
     assert FSFT(beta=0.5, level="sequence_mean")(view).sum.item() == pytest.approx(-3 / 2 + 9 / 32)
 
 
+@pytest.mark.parametrize("divergence", GENERATORS)
+def test_a_large_bound_costs_no_digits_in_float32(divergence: Any) -> None:
+    objective, view = FSFT(divergence=divergence, max_weight=1000.0), gold([-1.1, -0.9, -9.0], [-1.0, -1.0, -9.3])
+    assert view.policy is not None
+    assert view.reference is not None
+    single = replace(view, policy=view.policy.float(), reference=view.reference.float())
+    torch.testing.assert_close(gradient(objective, single).double(), gradient(objective, view), rtol=2e-6, atol=0)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("divergence", GENERATORS)
 def test_gradient_at_the_reference_is_that_of_sft(divergence: Any, level: Any) -> None:

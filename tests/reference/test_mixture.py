@@ -72,11 +72,17 @@ def test_references_that_tell_nothing_apart_weigh_alike(tmp_path: Path) -> None:
 
 
 def test_clipping_keeps_further_references_near_the_base(tmp_path: Path) -> None:
-    # Base −3 and −1: chosen ε = 0.4 · ¾ = 0.3, rejected 0.4 · ¼ = 0.1. So −9 becomes −3.9 and −0.2 becomes −0.9.
-    two = stores(tmp_path, [[-1.0, -2.0], [-1.0]], [[-4.0, -5.0], [-0.2]])
+    # Means of the two −6 and −1.5: chosen ε = 0.4 · ⅘ = 0.32, rejected 0.4 · ⅕ = 0.08. Base −3 and −2.8: −9 becomes −3.96, −0.2 −2.576.
+    two = stores(tmp_path, [[-1.0, -2.0], [-2.8]], [[-4.0, -5.0], [-0.2]])
     chosen, rejected = Mixture(two, [0.0, 1.0], clip=0.4).get(row())
-    assert chosen.sum() == pytest.approx(-3.9, abs=1e-5)
-    assert rejected.sum() == pytest.approx(-0.9, abs=1e-5)
+    assert chosen.sum() == pytest.approx(-3.96, abs=1e-5)
+    assert rejected.sum() == pytest.approx(-2.576, abs=1e-5)
+
+
+def test_a_reference_of_weight_zero_does_not_count_however_far_it_is(tmp_path: Path) -> None:
+    two = stores(tmp_path, [[-100.0, -200.0], [-1.0]], [[-500.0, -600.0], [-1.0]])
+    chosen, _ = Mixture(two, [1.0, 0.0], clip=None).get(row())
+    assert chosen.tolist() == [-100.0, -200.0]
 
 
 def test_no_pair_to_compare_raises(tmp_path: Path) -> None:

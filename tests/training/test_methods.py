@@ -66,6 +66,16 @@ def test_a_list_of_one_among_token_rows_is_refused() -> None:
         check_stream(Stream("main", [row("a", 3, {"sample": 2}, score=1.0)], build({"name": "infonca"})))
 
 
+@pytest.mark.parametrize(
+    ("name", "roles", "empty"), [("dpo", ("chosen", "rejected"), "rejected"), ("kto", ("sample", "mismatched"), "mismatched")]
+)
+def test_a_reply_with_nothing_to_learn_among_token_rows_is_refused(name: str, roles: tuple[str, ...], empty: str) -> None:
+    made = row("a", 3, dict.fromkeys(roles, 2), label=1.0)
+    branches = [replace(item, marks={"learn": np.full(2, item.role != empty)}) for item in made.branches]
+    with pytest.raises(DataError, match="Row a: nothing to learn"):
+        check_stream(Stream("main", [replace(made, branches=tuple(branches))], build({"name": name})))
+
+
 def test_rewards_of_other_objectives(base: Path) -> None:
     rows = [item | {"score_chosen": 1, "score_rejected": {"score": 0.0}} for item in preference_dicts(4)]
     # h = 0, ΔR = 1 and w = ½: the margin is −1.

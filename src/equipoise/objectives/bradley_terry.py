@@ -13,7 +13,10 @@ from equipoise.objectives._parts import logistic, pair_meters
 
 
 class BradleyTerry(Objective):
-    """L = −log σ(s_w − s_l − m) + c (s_w + s_l)², s the model's score of a reply, m the pair's margin where it has one."""
+    """L = −log σ(s_w − s_l − m) + c (s_w + s_l)², s the model's score of a reply, m the pair's margin where it has one.
+
+    m is the fact `margin` of the chosen reply: a column `margin` of pairs.
+    """
 
     paper: ClassVar[str] = "arXiv 2203.02155, eq. 1; margin: arXiv 2307.09288, eq. 2; centring: arXiv 2312.09244, section 3.1"
     departures: ClassVar[str] = "none; the margin is used only where the data carries a `margin` fact"

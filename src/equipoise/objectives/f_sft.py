@@ -86,7 +86,10 @@ class FSFT(Objective):
         default="token", description="what one log-ratio is: a token's, a reply's sum (as derived), or a reply's mean per token"
     )
     max_weight: float = Field(
-        default=10.0, gt=1, description="largest weight of a demonstration relative to SFT's (no unit); bounds replies the policy has lost"
+        default=10.0,
+        gt=1,
+        le=1000,
+        description="largest weight of a demonstration relative to SFT's (no unit); bounds replies the policy has lost",
     )
 
     def __call__(self, scored: Scored) -> Losses:
@@ -110,5 +113,7 @@ class FSFT(Objective):
     def _link(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """φ(s) and, without gradient, its slope w(s), both elementwise."""
         divergence = _DIVERGENCES[self.divergence]
-        inner = s.clamp(min=divergence.where(self.max_weight))
-        return divergence.phi(inner) + self.max_weight * (s - inner), divergence.weight(inner.detach())
+        end = divergence.where(self.max_weight)
+        inner = s.clamp(min=end)
+        # Not max_weight (s − inner): its two gradients cancel but for rounding, which at a large weight is all that is left.
+        return divergence.phi(inner) - self.max_weight * torch.relu(end - s), divergence.weight(inner.detach())

@@ -27,7 +27,7 @@ class Mixture:
         stores: of the references, the base reference first; all hold the same rows.
         weights: α, one a reference and 1 in all; or `adaptive`: α_k ∝ |log π_k(y_w|x) − log π_k(y_l|x)|, pair by pair.
         clip: ε; every further reference's log π_k(y|x) is kept within [1 + ε, 1 − ε] times the base's, ε shared out over
-            the pair by the size of the base's log-probs. None: no clipping.
+            the pair by the size of log π_k averaged over the references. None: no clipping.
     """
 
     def __init__(
@@ -40,7 +40,8 @@ class Mixture:
         logps = [store.get(row) for store in self._stores]
         learned = [branch.marks["learn"] for branch in row.branches]
         sums = np.array([[reply[mark].sum() for reply, mark in zip(replies, learned, strict=True)] for replies in logps], dtype=np.float64)
-        logs = np.log(np.maximum(self._alphas(row, sums), 1e-300))
+        with np.errstate(divide="ignore"):  # a weight of 0 is −∞: that reference does not count, however unlikely it finds the reply
+            logs = np.log(self._alphas(row, sums))
         wanted = self._clipped(row, sums)
         mixed = []
         for number, mark in enumerate(learned):
@@ -65,8 +66,9 @@ class Mixture:
             return sums
         chosen, rejected = self._pair(row)
         result = sums.copy()
-        whole = abs(sums[0, chosen]) + abs(sums[0, rejected])
-        share = abs(sums[0, chosen]) / whole if whole > 0 else 0.5
+        sizes = np.abs(sums.mean(0))
+        whole = sizes[chosen] + sizes[rejected]
+        share = sizes[chosen] / whole if whole > 0 else 0.5
         for reply, part in ((chosen, share), (rejected, 1 - share)):
             base, epsilon = sums[0, reply], self._clip * part
             result[1:, reply] = np.clip(sums[1:, reply], base * (1 + epsilon), base * (1 - epsilon))

@@ -67,8 +67,9 @@ def check_stream(stream: Stream) -> None:
                 raise DataError(f"Row {row.id}: {type(stream.objective).__name__} needs exactly one {role!r} reply, found roles {roles}.")
         if needs.many and len(roles) < 2:
             raise DataError(f"Row {row.id}: {type(stream.objective).__name__} needs at least two replies, found one.")
-        if not np.isfinite(count) or count <= 0:
-            raise DataError(f"Row {row.id}: nothing to learn (its learn mask is empty). Drop the row.")
+        reads = [branch for branch in row.branches if branch.role in needs.roles] if needs.readout == "logps" else []
+        if not np.isfinite(count) or count <= 0 or not all(branch.marks["learn"].any() for branch in reads):
+            raise DataError(f"Row {row.id}: nothing to learn (the learn mask of a reply is empty). Drop the row.")
 
 
 def _count(objective: Objective, row: TokenRow) -> float:

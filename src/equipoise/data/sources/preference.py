@@ -3,7 +3,7 @@
 With messages the prompt may be left out (it is then the turns both sides share, compared turn by turn). With text it
 may not: where the prompt ends cannot be told from characters. A text prompt that is itself a "\\n\\nHuman:" transcript is
 parsed into its turns. Optional columns: `chosen_safe` and `rejected_safe` (true or false), `score_chosen` and
-`score_rejected` (a number, or a mapping with several by name).
+`score_rejected` (a number, or a mapping with several by name), `margin` (a number; the chosen reply's score of that name).
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ def pair(values: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[Reply, R
         else:
             prompt = prompt_of(values)
             texts = (_last(first, prompt), _last(second, prompt))
+    margin = _base.number(values, "margin")
+    scores = _base.scores(values, "score_chosen") | ({} if margin is None else {"margin": margin})
     replies = (
-        Reply(texts[0], "chosen", scores=_base.scores(values, "score_chosen"), safe=_base.flag(values, "chosen_safe")),
+        Reply(texts[0], "chosen", scores=scores, safe=_base.flag(values, "chosen_safe")),
         Reply(texts[1], "rejected", scores=_base.scores(values, "score_rejected"), safe=_base.flag(values, "rejected_safe")),
     )
     return prompt, replies
