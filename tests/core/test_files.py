@@ -114,6 +114,9 @@ def test_read_jsonl_names_the_line_and_skips_blank_ones(tmp_path):
     path.write_text('{"a": 1}\n\n{"a": 2}\n{"a": \n')
     with pytest.raises(DataError, match=r"rows\.jsonl, line 4"):
         files.read_jsonl(path)
+    path.write_bytes('{"a": 1}\n'.encode("utf-16"))
+    with pytest.raises(DataError, match=r"rows\.jsonl: not valid UTF-8"):
+        files.read_jsonl(path)
     path.write_text('{"a": 1}\n\n{"a": 2}\n')
     assert files.read_jsonl(path) == [{"a": 1}, {"a": 2}]
 

@@ -110,6 +110,8 @@ def read_jsonl(path: str | Path, each: Callable[[Any], Any] = lambda row: row) -
                         raise DataError(f"{path}, line {number}: {error}") from error
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not valid UTF-8 ({error.reason}).") from error
     return rows
 
 
