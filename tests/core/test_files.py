@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -166,6 +167,19 @@ def test_appender_survives_kill_9_in_mid_write(tmp_path):
 def test_appender_says_when_the_disk_is_full(tmp_path, full_disk):
     with files.JsonlAppender(tmp_path / "rows.jsonl") as appender, pytest.raises(EquipoiseError, match=r"rows\.jsonl.*No space left"):
         appender.add([{"a": 1}])
+
+
+def test_leaving_the_appender_does_not_hide_what_a_full_disk_made_of_a_write(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4, limits[1]))
+    try:
+        with (
+            pytest.raises(EquipoiseError, match=r"Could not write .*rows\.jsonl"),
+            files.JsonlAppender(tmp_path / "rows.jsonl") as appender,
+        ):
+            appender.add([{"a": "a row of more than four bytes"}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_fingerprint_ignores_the_order_of_keys_and_nothing_else():
