@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -114,6 +115,9 @@ def test_read_jsonl_names_the_line_and_skips_blank_ones(tmp_path):
     path.write_text('{"a": 1}\n\n{"a": 2}\n{"a": \n')
     with pytest.raises(DataError, match=r"rows\.jsonl, line 4"):
         files.read_jsonl(path)
+    path.write_bytes('{"a": 1}\n'.encode("utf-16"))
+    with pytest.raises(DataError, match=r"rows\.jsonl: not valid UTF-8"):
+        files.read_jsonl(path)
     path.write_text('{"a": 1}\n\n{"a": 2}\n')
     assert files.read_jsonl(path) == [{"a": 1}, {"a": 2}]
 
@@ -163,6 +167,19 @@ def test_appender_survives_kill_9_in_mid_write(tmp_path):
 def test_appender_says_when_the_disk_is_full(tmp_path, full_disk):
     with files.JsonlAppender(tmp_path / "rows.jsonl") as appender, pytest.raises(EquipoiseError, match=r"rows\.jsonl.*No space left"):
         appender.add([{"a": 1}])
+
+
+def test_leaving_the_appender_does_not_hide_what_a_full_disk_made_of_a_write(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4, limits[1]))
+    try:
+        with (
+            pytest.raises(EquipoiseError, match=r"Could not write .*rows\.jsonl"),
+            files.JsonlAppender(tmp_path / "rows.jsonl") as appender,
+        ):
+            appender.add([{"a": "a row of more than four bytes"}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_fingerprint_ignores_the_order_of_keys_and_nothing_else():

@@ -83,6 +83,31 @@ def test_an_interrupted_stage_is_not_done_and_resumes_in_its_folder(tmp_path):
     assert is_done(tmp_path / "a")
 
 
+def test_a_stage_that_fails_before_it_makes_anything_does_not_stand_in_the_way_of_the_call_put_right(tmp_path):
+    def mistyped(folder):
+        raise ValueError("no such model")
+
+    def half_way(folder):
+        (folder / "part").write_text("x")
+        raise ValueError("no such row")
+
+    for work in (mistyped, half_way):
+        with pytest.raises(ValueError, match="no such"):
+            run_stage(tmp_path / "a", "generate", {"model": "tpyo"}, {}, work)
+    with pytest.raises(StageError, match="other settings"):
+        run_stage(tmp_path / "a", "generate", {"model": "typo"}, {}, counted([]))
+    with pytest.raises(ValueError, match="no such"):
+        run_stage(tmp_path / "b", "generate", {"model": "tpyo"}, {}, mistyped)
+    assert not run_stage(tmp_path / "b", "generate", {"model": "typo"}, {}, counted([])).skipped
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_folder_that_cannot_be_made_is_a_stage_error(tmp_path, name):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StageError, match=f"{name} cannot be made"):
+        run_stage(tmp_path / name, "train", {}, {}, counted([]))
+
+
 @pytest.mark.parametrize("name", ["inputs.json", "settings.json", "environment.json"])
 def test_a_kill_while_the_folder_is_begun_can_be_resumed(tmp_path, monkeypatch, name):
     """Killed while one of the first files is written: its temporary file and those before it are what is left."""

@@ -159,6 +159,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
         ("x.csv", b"prompt,chosen,rejected\np,c,r,too,many\n", r"line 2: more cells than the 3 column names"),
         ("x.csv", b"prompt,chosen,rejected\n" + b"p,c,r\n" * 5000 + b"p,c,\xff\n", r"x\.csv, line 5002, byte 30028: not valid UTF-8"),
         ("x.csv", b'prompt,chosen,rejected\np,"c,r\n', r"not valid CSV"),
+        ("x.csv", b"prompt,chosen,chosen,,\np,c,r,,\n", r"x\.csv, line 1: 2 columns are called 'chosen'"),
         ("x.csv", b"prompt,chosen,rejected\n", r"holds no rows"),
         ("x.parquet", b"PAR1nonsense", r"not a valid Parquet file"),
         ("x.txt", b"text", r"cannot tell the file type. Known: \.jsonl"),

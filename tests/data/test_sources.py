@@ -209,6 +209,11 @@ def test_pairs_may_carry_flags_and_scores() -> None:
     assert [(reply.text, reply.safe) for reply in loaded.records[0].replies] == [("a", True), ("b", False)]
 
 
+def test_a_score_past_what_a_float_holds_is_none() -> None:
+    (record,) = of(SAMPLES["preference"] | {"score_chosen": 10**400, "score_rejected": 1e999}, format="preference").records
+    assert [dict(reply.scores) for reply in record.replies] == [{}, {}]
+
+
 def test_ultrafeedback_keeps_scores_and_missing_is_not_zero() -> None:
     row = SAMPLES["ultrafeedback_binarized"]
     first, second = of(row, row | {"score_rejected": None}).records

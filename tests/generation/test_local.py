@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from dataclasses import replace
 
@@ -103,6 +104,15 @@ def test_a_chat_turn_ends_at_its_special_token(make_model, chat_tokenizer, promp
         (completion,) = LocalGenerator(model, chat_tokenizer)(prompts[:1], Sampling(max_new_tokens=20))
     assert (completion.text, completion.finish_reason) == ("Yes.", "stop")
     assert completion.token_ids == (*ids, TURN_END)
+
+
+def test_a_template_that_wants_a_system_turn_generates_where_there_is_one(make_model, chat_tokenizer):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    demand = "{% if messages[0].role != 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    tokenizer.chat_template = demand + chat_tokenizer.chat_template
+    asked = Prompt("a", (Message("system", "Be brief."), Message("user", "Why?")))
+    (completion,) = LocalGenerator(make_model("llama"), tokenizer)([asked], Sampling(max_new_tokens=4))
+    assert completion.id == "a"
 
 
 def test_several_end_ids_of_the_generation_config_count(make_model, plain_tokenizer, prompts):

@@ -15,7 +15,16 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import BertConfig, BertModel, BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
 
 from equipoise.core import assets
 from equipoise.core.errors import EquipoiseError, UsageError
@@ -156,6 +165,13 @@ def test_a_family_without_sdpa_falls_back_to_eager_and_says_so(tmp_path, capsys)
     model = load.load_causal(tmp_path, device="cpu")
     assert model.config._attn_implementation == "eager"
     assert "using eager" in capsys.readouterr().err
+
+
+def test_a_family_of_another_kind_is_one_clear_error(tmp_path):
+    T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=len(WORDS)).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UsageError, match=r"could not be loaded: .*T5Config.*AutoModelForCausalLM"):
+        load.load_causal(tmp_path)
 
 
 def test_an_adapter_folder_loads_its_base_and_changes_the_logits_as_lora_says(folder, adapter):

@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BertConfig
 
-from equipoise.core.errors import NumericsError
+from equipoise.core.errors import NumericsError, UsageError
 from equipoise.models import _dense, _rows
 from equipoise.models._elementwise import EAGER
 from equipoise.models.attention import NAME, attention_of, packed_rows, register
 from equipoise.models.batch import Form, Span, pack
 from equipoise.models.logps import policy_logps, token_logps
 from equipoise.training.start_check import choose_form
-from tests.tiny import DIFFICULT, FAMILIES, row, tiny
+from tests.tiny import DIFFICULT, FAMILIES, VOCAB, row, tiny
 
 register()
 CPU = torch.device("cpu")
@@ -87,6 +88,19 @@ def test_the_start_check_computes_as_training_will() -> None:
     wrong = EAGER._replace(norm=lambda *inputs: tuple(1.01 * part for part in EAGER.norm(*inputs)))
     with pytest.raises(NumericsError, match="start check failed"):
         choose_form(tiny("llama"), ROWS, "auto", CPU, kernels=wrong)
+
+
+def test_the_start_check_refuses_an_encoder() -> None:
+    """BERT loads as a causal model and sees the token it is asked about; made a decoder it does not."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "initializer_range": 0.1}
+    torch.manual_seed(0)
+    for decoder in (True, False):
+        model = AutoModelForCausalLM.from_config(BertConfig(vocab_size=VOCAB, is_decoder=decoder, **sizes)).eval()
+        if decoder:
+            choose_form(model, ROWS, "auto", CPU)
+        else:
+            with pytest.raises(UsageError, match="bert reads a whole text at once"):
+                choose_form(model, ROWS, "auto", CPU)
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))

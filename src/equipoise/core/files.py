@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -110,6 +110,8 @@ def read_jsonl(path: str | Path, each: Callable[[Any], Any] = lambda row: row) -
                         raise DataError(f"{path}, line {number}: {error}") from error
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not valid UTF-8 ({error.reason}).") from error
     return rows
 
 
@@ -148,8 +150,9 @@ class JsonlAppender:
             raise EquipoiseError(f"Could not write {self.path}: {error.strerror or error}.") from error
 
     def close(self) -> None:
-        """Close the file."""
-        self._stream.close()
+        """Close the file. What `add` could not write, and said so, fails here once more and is left."""
+        with suppress(OSError):
+            self._stream.close()
 
     def __enter__(self) -> JsonlAppender:
         return self

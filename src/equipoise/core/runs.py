@@ -21,6 +21,8 @@ from equipoise.core.errors import StageError
 from equipoise.core.files import fingerprint, is_leftover, read_json, write_json
 
 DONE = "done.json"
+HEADER = {"inputs.json", "settings.json", "environment.json"}
+"""What a stage writes before its work begins."""
 SCHEMA_VERSION = 1
 
 
@@ -87,13 +89,21 @@ def run_stage(
             return Run(folder, done["results"], skipped=True, seconds=done["seconds"])
     elif folder.is_dir() and not all(is_leftover(path) for path in folder.iterdir()) and not overwrite:
         raise StageError(f"{folder} is not empty and was not made by equipoise. Choose another output folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StageError(f"The output folder {folder} cannot be made: {error.strerror}.") from error
     # First of all: it marks the folder as ours, so that a kill right after it can be resumed.
     write_json(header_path, {"schema_version": SCHEMA_VERSION, "kind": kind, "key": key, "inputs": dict(inputs)})
     write_json(folder / "settings.json", dict(settings))
     write_json(folder / "environment.json", environment())
     start = time.monotonic()
-    results = dict(work(folder) or {})
+    try:
+        results = dict(work(folder) or {})
+    except Exception:
+        if {path.name for path in folder.iterdir()} <= HEADER:
+            _clear(folder)  # it failed before it made anything, and shall not stand in the way of the same call put right
+        raise
     seconds = time.monotonic() - start
     write_json(folder / DONE, {"schema_version": SCHEMA_VERSION, "key": key, "seconds": round(seconds, 3), "results": results})
     return Run(folder, results, seconds=seconds)

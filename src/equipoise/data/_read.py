@@ -8,6 +8,7 @@ import json
 import re
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -160,6 +161,9 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         with open(path, encoding="utf-8-sig", newline="", errors="strict") as stream:
             reader = csv.DictReader(stream, strict=True)
+            for name, times in Counter(reader.fieldnames or ()).items():
+                if name and times > 1:
+                    raise DataError(f"{path}, line 1: {times} columns are called {name!r}; the reader would keep the last one only.")
             for row in reader:
                 if None in row:
                     raise DataError(f"{path}, line {reader.line_num}: more cells than the {len(reader.fieldnames or ())} column names.")

@@ -33,10 +33,13 @@ def end_ids(model: Any, tokenizer: Any, settings: TokeniseSettings) -> frozenset
 
 
 def turn_end(tokenizer: Any) -> tuple[int, ...]:
-    """The special token that the chat template puts after an assistant turn (`<|im_end|>`, `<|eot_id|>`, …), if any."""
+    """The special token that the chat template puts after an assistant turn (`<|im_end|>`, `<|eot_id|>`, …), if one can be told."""
     mark = "equipoise"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
-    after = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(mark)[2].lstrip()
+    try:
+        after = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(mark)[2].lstrip()
+    except Exception:  # a template raises whatever it likes, such as for a conversation without a system turn
+        return ()
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
     return (ids[0],) if ids and ids[0] in set(tokenizer.added_tokens_decoder) else ()
 

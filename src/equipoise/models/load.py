@@ -311,7 +311,7 @@ def _load_with_attention(kind: Any, resolved: str, attn_implementation: str, **a
     """Load, and load again with eager attention where the family does not know the one asked for."""
     try:
         return _load(kind, resolved, attn_implementation=attn_implementation, **arguments)
-    except ValueError as error:
+    except UsageError as error:
         if attn_implementation == "eager" or "attention" not in str(error).lower():
             raise
         say(f"{resolved}: {attn_implementation} attention is not available for this family; using eager")
@@ -319,11 +319,11 @@ def _load_with_attention(kind: Any, resolved: str, attn_implementation: str, **a
 
 
 def _load(kind: Any, resolved: str, **arguments: Any) -> Any:
-    """`kind.from_pretrained`, with errors for people. ValueErrors pass: `_load_with_attention` reads them."""
+    """`kind.from_pretrained`, with errors for people: a folder not to be read, a family this kind does not have, code not trusted."""
     _quiet()
     try:
         return kind.from_pretrained(resolved if Path(resolved).is_dir() or _hub_answers() else _cached(resolved), **arguments)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UsageError(
             f"{resolved} could not be loaded: {first}\nGive a model folder, a hub name, or one of: {', '.join(assets.ASSETS)}."

@@ -237,7 +237,10 @@ def _without_weights(settings: TrainSettings, readout: str, config: Any) -> Any:
         dtype = getattr(torch, settings.dtype)
         try:
             model = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
-        except ValueError:  # families without SDPA, as in load_causal
+        except ValueError as error:  # families without SDPA, as in load_causal
+            first = str(error).strip().splitlines()[0]
+            if "configuration class" in first:
+                raise UsageError(f"{settings.model_name_or_path} cannot be trained so: {first}") from error
             model = kind.from_config(config, dtype=dtype, attn_implementation="eager")
         if adapter is not None and settings.use_peft:
             from peft import PeftConfig, get_peft_model

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from equipoise.core.errors import EquipoiseError
 from equipoise.core.files import write_json
 
 COMPLETE = "complete.json"
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Weights and optimizer state are written by libraries: what they raise on a full disk becomes one error that says what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's writer of archives
+            raise
+        raise EquipoiseError(
+            f"Could not write {folder}: {error}. Make room on the disk and give the same command again: it goes on from there."
+        ) from error
 
 
 class SaveEvery(TrainerCallback):

@@ -47,7 +47,7 @@ from equipoise.training._ranks import Ranks
 from equipoise.training._references import References, check_references, stored_tolerance
 from equipoise.training._rows import Rows, checked_streams, make_streams, named_data, shared_rows
 from equipoise.training._streams import Forward, Stream
-from equipoise.training.checkpoints import CompleteMark, SaveEvery, newest_complete, step_of
+from equipoise.training.checkpoints import CompleteMark, SaveEvery, newest_complete, step_of, writing
 from equipoise.training.estimate import for_this_machine
 from equipoise.training.settings import NEUTRAL, TrainSettings
 from equipoise.training.sharding import check_accelerate, shard
@@ -333,7 +333,8 @@ class _Fit:
     def _save(self, trainer: PreferenceTrainer) -> None:
         """The model folder appears whole or not at all; checkpoints have served and go."""
         part, ready = self.folder / "model.part", self.folder / "model"
-        trainer.save_model(str(part))
+        with writing(part):
+            trainer.save_model(str(part))
         if trainer.is_world_process_zero():
             (part / "training_args.bin").unlink(missing_ok=True)  # a pickle; settings.json says the same
             shutil.rmtree(ready, ignore_errors=True)

@@ -56,7 +56,7 @@ def choose_form(
 
     kernels: what norms, gates, rotations and the head's softmax compute with.
 
-    Raises NumericsError where none agrees, or where the one form that was asked for does not.
+    Raises NumericsError where none agrees, or where the one form that was asked for does not; UsageError for an encoder.
     """
     register()
     with evaluating(model):
@@ -67,6 +67,7 @@ def choose_form(
         if low:
             distance = _typical
             tolerance = max(FLOAT32_TOLERANCE, *(2 * _typical(other, native) for other in _native_ways(model, probes, device, autocast)))
+        _check_causal(model, min(probes, key=_reach), device, autocast, tolerance)
         report: dict[str, Any] = {"tolerance": tolerance, "rows": [row.id for row in probes], "tried": {}}
         for form in FORMS if wanted == "auto" else (wanted,):
             if form == "packed" and wanted == "auto" and max(len(row.branches) for row in rows) == 1:
@@ -165,6 +166,20 @@ def _native(model: Any, rows: Sequence[TokenRow], device: torch.device, autocast
             logits = model(input_ids=ids, use_cache=False).logits[0, len(row.prompt) - 1 : -1]
         values[number, : len(branch.ids)] = token_logps(logits, ids[0, len(row.prompt) :]).float()
     return values
+
+
+def _check_causal(model: Any, row: TokenRow, device: torch.device, autocast: Autocast, tolerance: float) -> None:
+    """Raise UsageError where a prediction changes with the token it predicts: an encoder's would be of what it has read."""
+    ids = torch.tensor([*row.prompt.tolist(), *row.branches[0].ids.tolist()], device=device)[None]
+    with torch.no_grad(), autocast():
+        said = model(input_ids=ids, use_cache=False).logits[0, -2].float().log_softmax(-1)
+        ids[0, -1] = ids[0, 0] if ids[0, 0] != ids[0, -1] else said.argmin()
+        other = model(input_ids=ids, use_cache=False).logits[0, -2].float().log_softmax(-1)
+    if _typical(said, other) > tolerance:
+        raise UsageError(
+            f"{_family(model)} reads a whole text at once: what it says of a token changes with that token, so it is no language model "
+            "to train on replies. As the backbone of a reward model (objective bradley_terry) it serves."
+        )
 
 
 def _native_ways(model: Any, rows: Sequence[TokenRow], device: torch.device, autocast: Autocast) -> list[Tensor]:

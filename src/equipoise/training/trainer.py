@@ -24,6 +24,7 @@ from equipoise.models.layers import rounded_once
 from equipoise.reference.build import levelled
 from equipoise.training._step import StepRunner
 from equipoise.training._streams import Forward, Stream, detached, join
+from equipoise.training.checkpoints import writing
 from equipoise.training.meters import Meters
 from equipoise.training.sharding import ShardedCheckpoints
 
@@ -121,6 +122,10 @@ class PreferenceTrainer(ShardedCheckpoints):
         self.log(dict(metrics))
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with writing(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the meters of the steps since the last line; the only place where they are synchronised."""

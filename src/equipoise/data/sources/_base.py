@@ -135,6 +135,8 @@ def number(values: Mapping[str, Any], name: str) -> float | None:
         return None
     try:
         result = float(value)
+    except OverflowError:
+        return None  # a whole number past what a float holds, as 1e999 is
     except (TypeError, ValueError) as error:
         raise Excluded(f"{name!r} is {kind_of(value)}, not a number") from error
     return result if math.isfinite(result) else None
