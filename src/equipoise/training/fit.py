@@ -47,7 +47,7 @@ from equipoise.training._ranks import Ranks
 from equipoise.training._references import References, check_references, stored_tolerance
 from equipoise.training._rows import Rows, checked_streams, make_streams, named_data, shared_rows
 from equipoise.training._streams import Forward, Stream
-from equipoise.training.checkpoints import CompleteMark, SaveEvery, newest_complete, step_of
+from equipoise.training.checkpoints import CompleteMark, SaveEvery, newest_complete, remove_checkpoints, step_of
 from equipoise.training.estimate import for_this_machine
 from equipoise.training.settings import NEUTRAL, TrainSettings
 from equipoise.training.sharding import check_accelerate, shard
@@ -339,7 +339,7 @@ class _Fit:
             shutil.rmtree(ready, ignore_errors=True)
             part.rename(ready)
             write_jsonl(self.folder / "log.jsonl", trainer.state.log_history)
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+            remove_checkpoints(self.folder / "checkpoints")
             shutil.rmtree(self.folder / "rows", ignore_errors=True)
 
     def _cost(self, policy: Any, trainer: PreferenceTrainer, reference: Mapping[str, float], seconds: float) -> dict[str, float]:
