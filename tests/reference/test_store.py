@@ -97,6 +97,9 @@ def test_a_damaged_store_is_caught(tmp_path: Path) -> None:
         np.save(path, values[:-1])
         with pytest.raises(DataError, match="does not fit together"):
             ReferenceStore(tmp_path, CONTEXT)
+        path.write_bytes(b"")
+        with pytest.raises(DataError, match="Delete this folder"):
+            ReferenceStore(tmp_path, CONTEXT)
 
 
 def test_a_full_disk_leaves_no_half_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

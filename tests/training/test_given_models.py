@@ -63,6 +63,18 @@ def test_a_base_is_given_back_when_a_run_fails(values: dict[str, Any], tmp_path:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("use_peft", [False, True], ids=["full", "lora"])
+def test_recomputation_and_the_cache_are_as_before(use_peft: bool, tmp_path: Path) -> None:
+    """A later run without recomputation does without it, and who generates with what was saved has a cache."""
+    model = tiny(seed=5)
+    run = train(model, tmp_path / "out", gradient_checkpointing=True, use_peft=use_peft)
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert not model.get_input_embeddings()._forward_hooks
+    assert model.config.use_cache
+    if not use_peft:
+        assert AutoModelForCausalLM.from_pretrained(run.folder / "model").config.use_cache
+
+
 def test_a_reward_model_in_memory_gets_its_own_head_back(tmp_path: Path) -> None:
     """PEFT trains a copy of the head; what it was copied from is the caller's."""
     tiny(seed=5).save_pretrained(tmp_path / "base")

@@ -44,7 +44,7 @@ class ReferenceStore:
                 keys, starts, values = (
                     np.load(shard / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("keys", "starts", "values")
                 )
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, EOFError) as error:  # EOFError: an empty file
                 raise DataError(f"{shard} cannot be read ({error}). Delete this folder; its entries are computed again.") from error
             if len(starts) != len(keys) + 1 or starts[-1] != len(values):
                 raise DataError(f"{shard} does not fit together. Delete this folder; its entries are computed again.")

@@ -15,6 +15,7 @@ from equipoise.core.errors import UsageError
 from equipoise.core.files import file_fingerprint
 from equipoise.models.identity import forward_fingerprint
 from equipoise.models.load import base_of, is_adapter, load_causal, load_sequence_classifier, renaming_is_known, resolve_model
+from equipoise.models.logps import unwrapped
 from equipoise.models.quantised import FourBit, compute_dtypes, is_quantised, settle
 from equipoise.training.settings import TrainSettings
 
@@ -151,6 +152,23 @@ def _check_adapters(model: Any) -> None:
         raise UsageError(
             "This model holds the layers of an adapter: hand over the PeftModel around it, or take the adapter off (unload())."
         )
+
+
+@contextmanager
+def left_as_found(model: Any) -> Iterator[None]:
+    """After this block a model keeps a cache and recomputes activations as it did before: the Trainer sets both, and leaves them so."""
+    base = unwrapped(model)
+    cache, hooked = getattr(base.config, "use_cache", None), bool(getattr(base, "_require_grads_hooks", ()))
+    recomputing = [(module, module.gradient_checkpointing) for module in base.modules() if hasattr(module, "gradient_checkpointing")]
+    try:
+        yield
+    finally:
+        if cache is not None:
+            base.config.use_cache = cache
+        for module, before in recomputing:
+            module.gradient_checkpointing = before
+        if not hooked:  # recomputation makes the embedding's output ask for gradients
+            base.disable_input_require_grads()
 
 
 @contextmanager

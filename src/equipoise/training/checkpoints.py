@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +72,11 @@ def newest_complete(folder: str | Path) -> Path | None:
         else:
             shutil.rmtree(checkpoint, ignore_errors=True)
     return max(found)[1] if found else None
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove all checkpoints. What else lies beside them stays: trackers (TensorBoard's events) and callbacks write there too."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    with suppress(OSError):  # not empty, or never made
+        folder.rmdir()

@@ -37,6 +37,7 @@ from equipoise.training._arguments import training_arguments
 from equipoise.training._heap import give_back_freed_memory, keep_freed_memory
 from equipoise.training._model import (
     autocast_for,
+    left_as_found,
     load_policy,
     made_trainable,
     model_identity,
@@ -47,7 +48,7 @@ from equipoise.training._ranks import Ranks
 from equipoise.training._references import References, check_references, stored_tolerance
 from equipoise.training._rows import Rows, checked_streams, make_streams, named_data, shared_rows
 from equipoise.training._streams import Forward, Stream
-from equipoise.training.checkpoints import CompleteMark, SaveEvery, newest_complete, step_of, writing
+from equipoise.training.checkpoints import CompleteMark, SaveEvery, newest_complete, remove_checkpoints, step_of, writing
 from equipoise.training.estimate import for_this_machine
 from equipoise.training.settings import NEUTRAL, TrainSettings
 from equipoise.training.sharding import check_accelerate, shard
@@ -177,27 +178,28 @@ class _Fit:
             forward = self._start_check(policy, device)
         self._provide(references, policy, fresh, forward)
         resume = self.ranks.first(lambda: newest_complete(str(arguments.output_dir)))
-        trainer = self._trainer(policy, arguments, forward, references, self._batch_size(resume))
-        started = time.monotonic()
-        if resume is not None:
-            with self.ranks.one_voice():
-                say(f"going on from {resume.name}")
-                references.resume(resume)
-        if device.type == "cpu":
-            give_back_freed_memory()
-        native = unwrapped(policy).config._attn_implementation
-        if forward.form != "padded":
-            unwrapped(policy).set_attn_implementation(NAME)
-        try:
-            with nullcontext() if self.settings.dropout else no_dropout(policy):
-                trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-            final = trainer.evaluate() if self.dev else {}
-        finally:
+        with left_as_found(policy):
+            trainer = self._trainer(policy, arguments, forward, references, self._batch_size(resume))
+            started = time.monotonic()
+            if resume is not None:
+                with self.ranks.one_voice():
+                    say(f"going on from {resume.name}")
+                    references.resume(resume)
+            if device.type == "cpu":
+                give_back_freed_memory()
+            native = unwrapped(policy).config._attn_implementation
             if forward.form != "padded":
-                unwrapped(policy).set_attn_implementation(native)
-            for callback in trainer.callback_handler.callbacks:
-                if isinstance(callback, ProgressLine):
-                    callback.close()
+                unwrapped(policy).set_attn_implementation(NAME)
+            try:
+                with nullcontext() if self.settings.dropout else no_dropout(policy):
+                    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+                final = trainer.evaluate() if self.dev else {}
+            finally:
+                if forward.form != "padded":
+                    unwrapped(policy).set_attn_implementation(native)
+                for callback in trainer.callback_handler.callbacks:
+                    if isinstance(callback, ProgressLine):
+                        callback.close()
         self._save(trainer)
         cost = self._cost(policy, trainer, references.cost, time.monotonic() - started)
         return {
@@ -340,7 +342,7 @@ class _Fit:
             shutil.rmtree(ready, ignore_errors=True)
             part.rename(ready)
             write_jsonl(self.folder / "log.jsonl", trainer.state.log_history)
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+            remove_checkpoints(self.folder / "checkpoints")
             shutil.rmtree(self.folder / "rows", ignore_errors=True)
 
     def _cost(self, policy: Any, trainer: PreferenceTrainer, reference: Mapping[str, float], seconds: float) -> dict[str, float]:
