@@ -193,6 +193,7 @@ class Bench:
         result: dict[str, Any] = {"shape": name, "data": kind, "pairs_a_step": pairs, "sides": found, "agreement": agreement}
         result["ratios"] = {theirs: _ratio(found["ours"], found[theirs]) for theirs in found if theirs != "ours"}
         log(f"{name} {kind}: {json.dumps(result['ratios'])}")
+        other.to("meta")  # needed no more, and it would count in every peak below
         if kind == self.options.data[0]:
             if self.allowed(f"{name} profile", 10):
                 result["profile"] = self.profile(sides["ours"])

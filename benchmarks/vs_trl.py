@@ -88,7 +88,13 @@ def compare(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> 
         for name in arguments.sides[turn:] + arguments.sides[:turn]:
             if number >= limits.get(name, len(blocks)) or (number and time.monotonic() - started > arguments.budget_seconds):
                 continue
-            runs[name].append(workers[name].run(base | {"side": name, "settings": sides[name], "rows": block}))
+            job = base | {"side": name, "settings": sides[name], "rows": block}
+            result = workers[name].try_run(job) if number else workers[name].run(job)
+            if "error" in result:  # what the blocks before have shown is worth having
+                common.log(f"block {number + 1} of {len(blocks)}, {name}: {result['error']}")
+                limits[name] = number
+                continue
+            runs[name].append(result)
             common.log(f"block {number + 1} of {len(blocks)}, {name}: {total(runs[name][-1]):.1f} s, {runs[name][-1][memory]:.0f} MiB")
     for worker in workers.values():
         worker.close()
