@@ -23,10 +23,11 @@ from equipoise.training._simulate import Footprint, Lengths, Simulation
 from equipoise.training.machine import LOAD_SECONDS, Machine, bfloat16_pays, gigabytes, memory_at_hand
 from equipoise.training.settings import TrainSettings
 
-LIBRARY_BYTES = {"cpu": 1_050_000_000, "cuda": 0}
+LIBRARY_BYTES = {"cpu": 950_000_000, "cuda": 0}
 """Resident beside what lives: 0.55 GB after importing torch, transformers, PEFT and the Trainer, and what the kept heap holds on to after
-loading, start check and reference pass. `benchmarks/plan_error.py` (SmolLM2-135M, 512 tokens): all weights 3.65 GB estimated, 3.57 taken;
-LoRA 2.12 and 2.09. A GPU's context is taken before its free memory is read."""
+loading, start check and reference pass (`benchmarks/plan_error.py`). A GPU's context is taken before its free memory is read."""
+HOLES = {"cpu": 3, "cuda": 0}
+"""Holes of [tokens, hidden] that every layer leaves in glibc's heap (docs/decisions/0010); a newer glibc or another allocator leaves fewer."""
 ALLOCATOR_SHARE = {"cpu": 1.0, "cuda": 1.05}
 """Bytes held for a live byte of a step: fragments the allocator cannot give back."""
 MATRIX_SHARE = {"cpu": 0.7, "cuda": 0.8}
@@ -66,9 +67,9 @@ SMALL_TENSOR = 4096
 class Memory:
     """Peak bytes of a run. The parts are those of the training step; `moments` names every moment that could be the worst.
 
-    weights: the policy's, and those of a reference that is in memory beside it.
-    activations: what the largest micro-batch's forward pass keeps, its logits too. working: what comes on top in its
-    backward pass (gradients of activations and logits). library: torch and the others themselves.
+    library: torch and the others themselves, and what the heap cannot use. weights: the policy's, and those of a reference
+    that is in memory beside it. activations: what the largest micro-batch's forward pass keeps, its logits too. working: what
+    comes on top in its backward pass (gradients of activations and logits).
     """
 
     library: int
@@ -200,7 +201,7 @@ class Estimator:
     # ---- memory
 
     def _memory(self, step: Footprint) -> Memory:
-        library = LIBRARY_BYTES[self.machine.device]
+        library = LIBRARY_BYTES[self.machine.device] + self._holes(step.tokens)
         share = ALLOCATOR_SHARE[self.machine.device]
         parameters = self.simulation.parameters
         trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -219,6 +220,12 @@ class Estimator:
             "save": before + state + (gradients if self.settings.use_peft else _bytes(parameters)),
         }
         return Memory(library, weights, gradients, state, step.kept, max(0, step.peak - step.kept - gradients), moments)
+
+    def _holes(self, tokens: int) -> int:
+        """Bytes of the heap that no tensor of a micro-batch of so many tokens fits into."""
+        config = unwrapped(self.simulation.model).config.get_text_config()
+        layers, hidden = getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 0)
+        return HOLES[self.machine.device] * layers * tokens * hidden * self.simulation.parameters[0].element_size()
 
     def _reference_bytes(self, trained: Sequence[Any]) -> int:
         """Bytes of a reference in memory beside the policy; it shares what is not trained."""
