@@ -12,8 +12,9 @@ from equipoise.core.records import Message
 from equipoise.evaluation.comparisons import Comparison, compare, median_noise
 from equipoise.evaluation.metrics._base import Judged, load
 from equipoise.evaluation.power import detectable
-from equipoise.evaluation.scores import ModelReplies, ScoreTable, TestPrompt
+from equipoise.evaluation.scores import ModelReplies, ScoreTable
 from equipoise.evaluation.settings import EvaluateSettings
+from equipoise.generation._base import Prompt
 
 QUICK = EvaluateSettings(suite="two-axis", source="", resamples=1000, flips=1000)
 PASSES, FAILS = Judged("a reply", 5.0), Judged("a reply", -5.0)
@@ -22,7 +23,7 @@ PASSES, FAILS = Judged("a reply", 5.0), Judged("a reply", -5.0)
 def scored(models: Mapping[str, Mapping[str, Judged]]) -> ScoreTable:
     """Models by name: prompt id (`harmful-3`) → what was said of the reply."""
     ids = dict.fromkeys(name for replies in models.values() for name in replies)
-    prompts = tuple(TestPrompt(name, (Message("user", name),), name.split("-")[0]) for name in ids)
+    prompts = tuple(Prompt(name, (Message("user", name),), name.split("-")[0]) for name in ids)
     return ScoreTable(prompts, {name: ModelReplies(name, "arm", (0,), (replies,)) for name, replies in models.items()})
 
 
