@@ -27,7 +27,7 @@ LIBRARY_BYTES = {"cpu": 950_000_000, "cuda": 0}
 """Resident beside what lives: 0.55 GB after importing torch, transformers, PEFT and the Trainer, and what the kept heap holds on to after
 loading, start check and reference pass (`benchmarks/plan_error.py`). A GPU's context is taken before its free memory is read."""
 HOLES = {"cpu": 3, "cuda": 0}
-"""Holes of [tokens, hidden] that every layer leaves in glibc's heap (docs/decisions/0010); a newer glibc or another allocator leaves fewer."""
+"""Holes of [tokens, hidden] that every layer leaves in glibc's heap (docs/decisions/0010); a newer one leaves fewer."""
 ALLOCATOR_SHARE = {"cpu": 1.0, "cuda": 1.05}
 """Bytes held for a live byte of a step: fragments the allocator cannot give back."""
 MATRIX_SHARE = {"cpu": 0.7, "cuda": 0.8}
