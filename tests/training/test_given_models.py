@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Starcoder2Config, Trainer
+from transformers import AutoModelForCausalLM, MixtralConfig, Starcoder2Config, Trainer
 
 from equipoise.core.errors import UsageError
 from equipoise.core.files import read_jsonl
@@ -175,3 +175,10 @@ def test_dropout_is_off_under_whatever_name_and_comes_back(tmp_path: Path) -> No
     run = train(model, tmp_path / "out", learning_rate=1e-12)
     assert losses(run) == pytest.approx([math.log(2)] * 2, abs=1e-6)
     assert AutoModelForCausalLM.from_pretrained(run.folder / "model").config.residual_dropout == 0.3
+
+
+def test_the_balancing_loss_of_experts_is_said_to_be_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=len(tokenizer()), **sizes, num_local_experts=2, output_router_logits=True)
+    train(AutoModelForCausalLM.from_config(config), tmp_path / "out", max_steps=1)
+    assert "output_router_logits" in capsys.readouterr().err

@@ -154,6 +154,13 @@ def _check_adapters(model: Any) -> None:
         )
 
 
+def not_trained_on(model: Any) -> list[str]:
+    """What a model's config asks of a training loop and this one does not do, to be said before the run goes on."""
+    if getattr(unwrapped(model).config, "output_router_logits", False):
+        return ["output_router_logits: the loss that balances a mixture of experts is not added, the objective alone is trained on"]
+    return []
+
+
 @contextmanager
 def left_as_found(model: Any) -> Iterator[None]:
     """After this block a model keeps a cache and recomputes activations as it did before: the Trainer sets both, and leaves them so."""

@@ -42,6 +42,7 @@ from equipoise.training._model import (
     made_trainable,
     model_identity,
     no_dropout,
+    not_trained_on,
 )
 from equipoise.training._preflight import advice, check_recipe
 from equipoise.training._ranks import Ranks
@@ -163,6 +164,9 @@ class _Fit:
         self.settings = for_this_machine(self.settings, lengths, self.readout, device.type, self.ranks, model)
         torch.manual_seed(self.settings.seed)
         start = load_policy(self.settings, self.readout, device) if model is None else model
+        with self.ranks.one_voice():
+            for hint in not_trained_on(start):
+                say(hint)
         with made_trainable(start, self.settings, self.readout, given=model is not None) as (policy, fresh):
             return self._train(policy, fresh, arguments, by_accelerate)
 
