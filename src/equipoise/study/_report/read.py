@@ -7,7 +7,6 @@ HTML, SVG and Markdown happens where each is written.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,8 @@ from typing import Any
 
 from equipoise.core.errors import DataError
 from equipoise.core.files import read_json
+from equipoise.core.printable import printable
 
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffe\uffff]")
 SERIES = 8
 """How many colours the palette has; further arms repeat colours with another marker."""
 
@@ -219,7 +218,7 @@ class _Reader:
     def _clean(self, value: Any) -> Any:
         """Text that can be encoded and printed, without the place of the study on this machine."""
         if isinstance(value, str):
-            return _UNPRINTABLE.sub("\ufffd", value.replace(self._prefix, "."))
+            return printable(value.replace(self._prefix, "."))
         if isinstance(value, list):
             return [self._clean(item) for item in value]
         if isinstance(value, dict):
