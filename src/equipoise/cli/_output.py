@@ -53,7 +53,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     """A table on stdout."""
     grid = Table(title=title, title_justify="left")
     for column in columns:
-        grid.add_column(column)
+        grid.add_column(column, overflow="fold")  # on a narrow terminal a name goes on below: cut, it could not be typed
     for row in rows:
         # As text, not markup: cells hold file names and data, and a bracket in them is no instruction.
         grid.add_row(*(Text("" if cell is None else printable(str(cell))) for cell in row))
