@@ -16,6 +16,8 @@ from equipoise.core.errors import DataError
 from equipoise.core.files import read_json
 from equipoise.core.printable import printable
 
+LONGEST = 20_000
+"""Characters shown of a reply or of a turn of a prompt."""
 SERIES = 8
 """How many colours the palette has; further arms repeat colours with another marker."""
 
@@ -108,6 +110,16 @@ def mapping(value: Any) -> dict[str, Any]:
 def listing(value: Any) -> list[Any]:
     """The value if it is a JSON array, else an empty one."""
     return value if isinstance(value, list) else []
+
+
+def turns(prompt: Any) -> list[tuple[str, str]]:
+    """A prompt as (role, text) pairs, written as text or as messages; a very long turn is cut for display, and says so."""
+    messages = [{"content": prompt}] if isinstance(prompt, str) else map(mapping, listing(prompt))
+    return [(str(turn.get("role") or "user"), _shown(str(turn.get("content") or ""))) for turn in messages]
+
+
+def _shown(words: str) -> str:
+    return words if len(words) <= LONGEST else f"{words[:LONGEST]} … (cut for display; the whole turn has {len(words):,} characters)"
 
 
 def flatten(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
