@@ -74,3 +74,16 @@ def test_prepare_writes_rows_with_a_local_tokenizer(tmp_path: Path, capsys: pyte
     assert "2 records in the format labelled" in shown
     assert "Tokenising for sample, mismatched: KTO needs replies to other prompts" in shown
     assert "[sample, label True] you" in shown
+
+
+def test_text_of_the_data_does_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "pairs.jsonl"
+    row = {"id": "\x1b[31mone", "prompt": "clear \x1b[2J", "chosen": "title \x1b]0;mine\x07 \x9b2J", "rejected": "b"}
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row | {"id": "\x1b[5mtwo", "rejected": ""}))
+    assert main(["data", "inspect", str(path)]) == 0
+    told = capsys.readouterr().out
+    path.write_text(json.dumps({"prompt": "a", "chosen": "b", "\x1b[31m": "c"}))
+    assert main(["data", "inspect", str(path)]) == 1
+    told += capsys.readouterr().err
+    assert not set("\x1b\x07\x9b") & set(told)
+    assert all(part in told for part in ("\ufffd[31mone", "\ufffd[5mtwo", "clear \ufffd[2J", "title \ufffd]0;mine\ufffd \ufffd2J"))

@@ -198,3 +198,14 @@ def test_a_broken_file_costs_its_lines_only(study: Path) -> None:
     page = page_of(study)
     assert "1 broken line left out" in page.text
     assert "Token credit" in page.text
+
+
+def test_a_very_long_prompt_is_cut_for_display_as_in_the_view_of_replies(tmp_path: Path) -> None:
+    folder = add_credit(synthetic.build_study(tmp_path / "starter", prompts_per_axis=2), 1)
+    path = folder / "evaluation" / "replies.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows[0]["prompt"] = [{"role": "user", "content": "long " * 9000}, {"role": "user", "content": "and now?"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    credit = page_of(folder).text.split("This is no causal attribution", 1)[1]
+    assert f"{'long ' * 4000}… (cut for display; the whole turn has 45,000 characters)" in credit
+    assert "long " * 4001 not in credit

@@ -242,3 +242,14 @@ def test_published_figures_arrive_in_the_table(tmp_path: Path) -> None:
     found = {name: (rows[name]["HmR"], rows[name]["HpR"], rows[name]["CAS"]) for name in ("base", "sft", "dpo", "sft_dpo")}
     assert found == {"base": (42, 22, 32), "sft": (48, 56, 52), "dpo": (36, 46, 41), "sft_dpo": (44, 66, 55)}
     assert "sft_dpo against sft on HpR (about" in page.text
+
+
+def test_the_search_says_which_rate_was_chosen_and_how_far_each_went(study: Path) -> None:
+    candidates = [
+        {"learning_rate": 1e-4, "score": -0.1, "kl_to_base": -0.001, "model": "a"},
+        {"learning_rate": 1e-3, "score": 0.2, "kl_to_base": 0.19, "model": "b"},
+    ]
+    search = {"arm": "dpo", "by": "reward", "prompts": 60, "max_kl_to_base": 0.5, "chosen": 1e-3, "candidates": candidates}
+    (study / "search.json").write_text(json.dumps({"schema_version": 1, "searches": [search]}), encoding="utf-8")
+    assert page_of(study).rows("table-search")["dpo"][1:] == ["−0.100 KL 0.00", "0.200 chosen KL 0.19"]
+    assert "**0.200**<br>chosen<br>KL 0.19" in (study / "report" / "report.md").read_text(encoding="utf-8")

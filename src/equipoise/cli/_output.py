@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from equipoise.core.files import json_text
+from equipoise.core.printable import printable
 
 if TYPE_CHECKING:
     from equipoise.core.runs import Run
@@ -52,13 +53,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     """A table on stdout."""
     grid = Table(title=title, title_justify="left")
     for column in columns:
-        grid.add_column(column)
+        grid.add_column(column, overflow="fold")  # on a narrow terminal a name goes on below: cut, it could not be typed
     for row in rows:
         # As text, not markup: cells hold file names and data, and a bracket in them is no instruction.
-        grid.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+        grid.add_row(*(Text("" if cell is None else printable(str(cell))) for cell in row))
     Console().print(grid)
 
 
 def line(text: str) -> None:
-    """One line on stdout, printed as it is."""
-    print(text)
+    """One line on stdout: no markup, and nothing that steers the terminal."""
+    print(printable(text))

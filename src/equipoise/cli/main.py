@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from equipoise.core.catalog import names
 from equipoise.core.errors import EquipoiseError
+from equipoise.core.printable import printable
 
 # typer carries its own copy of click in some releases and depends on click in others; its public errors lead to either.
 ClickError: type[Any] = typer.BadParameter.__mro__[2]
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         result = app(args=arguments, standalone_mode=False)
         code = int(result) if isinstance(result, int) else 0
     except EquipoiseError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except typer.Exit as stop:
         code = int(stop.exit_code)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from equipoise.core.printable import printable
+
 console = Console(stderr=True)
 
 
@@ -43,4 +45,4 @@ def bar(title: str, total: float | None) -> Iterator[Bar]:
 
 def say(message: str) -> None:
     """One log line on stderr."""
-    console.print(message, markup=False, highlight=False, soft_wrap=True)
+    console.print(printable(message), markup=False, highlight=False, soft_wrap=True)

@@ -23,10 +23,9 @@ from equipoise.core.files import write_text
 from equipoise.study import figures, tables
 from equipoise.study._report import markdown, numbers, svg, theme, words
 from equipoise.study._report.credit import credit_view
-from equipoise.study._report.read import Arm, StudyFiles, listing, mapping, read_study
+from equipoise.study._report.read import LONGEST, Arm, StudyFiles, mapping, read_study, turns
 from equipoise.study._report.searches import search_table
 
-_LONGEST = 20_000
 _CAPTIONS = {
     "helpful_vs_harmless": (
         "Helpfulness against harmlessness",
@@ -166,7 +165,7 @@ def _explorer(files: StudyFiles) -> dict[str, Any]:
                 "id": str(row.get("id", number)),
                 "axis": str(row.get("axis") or "unknown"),
                 "topic": str(row.get("topic") or ""),
-                "prompt": _turns(row.get("prompt")),
+                "prompt": turns(row.get("prompt")),
                 "replies": [_reply(mapping(row.get("replies")).get(arm.name)) for arm in arms],
             }
             for number, row in enumerate(files.replies)
@@ -180,26 +179,14 @@ def _without_texts(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "prompt": _LEFT_OUT, "replies": replies}
 
 
-def _turns(prompt: Any) -> list[list[str]]:
-    """A prompt as [role, text] pairs, whether it was written as text or as messages."""
-    if isinstance(prompt, str):
-        return [["user", _shown(prompt)]]
-    return [[str(mapping(turn).get("role") or "user"), _shown(str(mapping(turn).get("content") or ""))] for turn in listing(prompt)]
-
-
-def _shown(words: str) -> str:
-    """A turn of a prompt, cut for display where it is very long, and said so."""
-    return words if len(words) <= _LONGEST else f"{words[:_LONGEST]} … (cut for display; the whole turn has {len(words):,} characters)"
-
-
 def _reply(reply: Any) -> dict[str, Any] | None:
     """One reply: text (cut for display where it is very long), reward, why it is invalid (False: it is not), whether it refuses."""
     if not isinstance(reply, dict):
         return None
     text, invalid, refusal = str(reply.get("text") or ""), reply.get("invalid"), reply.get("refusal")
-    cut = len(text) > _LONGEST
+    cut = len(text) > LONGEST
     return {
-        "text": text[:_LONGEST],
+        "text": text[:LONGEST],
         "cut": len(text) if cut else 0,
         "reward": numbers.finite(reply.get("reward")),
         "invalid": invalid if isinstance(invalid, str) else bool(invalid),

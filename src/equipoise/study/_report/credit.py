@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from equipoise.study._report import numbers
-from equipoise.study._report.read import Arm, StudyFiles, listing, mapping
+from equipoise.study._report.read import Arm, StudyFiles, listing, mapping, turns
 from equipoise.study.tables import Cell, Column, Row, Table
 
 Lines = dict[str, dict[str, Any]]
@@ -80,7 +80,7 @@ def credit_view(files: StudyFiles) -> View | None:
         Shown(
             name,
             str(rows.get(name, {}).get("axis") or ""),
-            _turns(rows.get(name, {}).get("prompt")),
+            turns(rows.get(name, {}).get("prompt")),
             [_credited(arm, lines[name], unit) for arm, lines in found if name in lines],
         )
         for name in shown
@@ -116,12 +116,6 @@ def _few(ids: list[str], rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if counts[axis] <= PROMPTS:
             shown.append(name)
     return shown
-
-
-def _turns(prompt: Any) -> list[tuple[str, str]]:
-    if isinstance(prompt, str):
-        return [("user", prompt)]
-    return [(str(mapping(turn).get("role") or "user"), str(mapping(turn).get("content") or "")) for turn in listing(prompt)]
 
 
 def _sizes(line: Mapping[str, Any]) -> Iterator[tuple[float, float]]:

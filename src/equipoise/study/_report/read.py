@@ -7,7 +7,6 @@ HTML, SVG and Markdown happens where each is written.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,10 @@ from typing import Any
 
 from equipoise.core.errors import DataError
 from equipoise.core.files import read_json
+from equipoise.core.printable import printable
 
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffe\uffff]")
+LONGEST = 20_000
+"""Characters shown of a reply or of a turn of a prompt."""
 SERIES = 8
 """How many colours the palette has; further arms repeat colours with another marker."""
 
@@ -109,6 +110,16 @@ def mapping(value: Any) -> dict[str, Any]:
 def listing(value: Any) -> list[Any]:
     """The value if it is a JSON array, else an empty one."""
     return value if isinstance(value, list) else []
+
+
+def turns(prompt: Any) -> list[tuple[str, str]]:
+    """A prompt as (role, text) pairs, written as text or as messages; a very long turn is cut for display, and says so."""
+    messages = [{"content": prompt}] if isinstance(prompt, str) else map(mapping, listing(prompt))
+    return [(str(turn.get("role") or "user"), _shown(str(turn.get("content") or ""))) for turn in messages]
+
+
+def _shown(words: str) -> str:
+    return words if len(words) <= LONGEST else f"{words[:LONGEST]} … (cut for display; the whole turn has {len(words):,} characters)"
 
 
 def flatten(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
@@ -219,7 +230,7 @@ class _Reader:
     def _clean(self, value: Any) -> Any:
         """Text that can be encoded and printed, without the place of the study on this machine."""
         if isinstance(value, str):
-            return _UNPRINTABLE.sub("\ufffd", value.replace(self._prefix, "."))
+            return printable(value.replace(self._prefix, "."))
         if isinstance(value, list):
             return [self._clean(item) for item in value]
         if isinstance(value, dict):

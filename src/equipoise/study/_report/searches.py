@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from equipoise.study._report import numbers
 from equipoise.study._report.read import StudyFiles, listing, mapping
 from equipoise.study.tables import Cell, Column, Row, Table
 
@@ -27,8 +28,9 @@ def search_table(files: StudyFiles) -> Table | None:
             if not isinstance(score, (int, float)):
                 cells.append(Cell("failed"))
             else:
-                detail = (f"KL {far:.2f}",) if isinstance(far, (int, float)) else ()
-                cells.append(Cell(f"{score:.3f}", detail, float(score), "chosen" if rate == item.get("chosen") else ""))
+                chosen = "chosen" if rate == item.get("chosen") else ""
+                detail = (chosen, f"KL {numbers.plain(far)}" if numbers.finite(far) is not None else "")
+                cells.append(Cell(f"{score:.3f}".replace("-", "−"), tuple(filter(None, detail)), float(score), chosen))
         rows.append(Row(str(item.get("arm")), cells, arm=arms.get(str(item.get("arm")))))
     by, prompts = str(searches[0].get("by")), searches[0].get("prompts")
     notes = [
