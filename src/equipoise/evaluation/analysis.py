@@ -140,10 +140,14 @@ def _headline(compared: Sequence[Comparison], shown: Mapping[str, Metric], table
 def _detectable(
     shown: Mapping[str, Metric], table: ScoreTable, compared: Sequence[Comparison], settings: EvaluateSettings
 ) -> list[dict[str, Any]]:
-    """The smallest detectable difference of every metric, with the noise found in its comparisons instead of an assumed one."""
+    """The smallest detectable difference of every metric, with the noise found in its comparisons; of a primary one at Holm's level."""
+    primary = [item.metric for item in compared if item.primary]
     counts = {axis: table.count((axis,)) for axis in AXES}
     rows = [
-        detectable(name, metric, counts, settings.alpha, settings.power, median_noise(compared, name)) for name, metric in shown.items()
+        detectable(
+            name, metric, counts, settings.alpha, settings.power, median_noise(compared, name), len(primary) if name in primary else 1
+        )
+        for name, metric in shown.items()
     ]
     return [row for row in rows if row is not None]
 

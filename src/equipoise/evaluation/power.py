@@ -91,19 +91,25 @@ def needed_mean(difference: float, deviation: float, alpha: float = 0.05, power:
 
 
 def detectable(
-    name: str, metric: Metric, counts: Mapping[str, int], alpha: float = 0.05, power: float = 0.8, noise: Mapping[str, float] | None = None
+    name: str,
+    metric: Metric,
+    counts: Mapping[str, int],
+    alpha: float = 0.05,
+    power: float = 0.8,
+    noise: Mapping[str, float] | None = None,
+    family: int = 1,
 ) -> dict[str, Any] | None:
     """One entry of `detectable`: the smallest difference of a metric that `counts` (axis → prompts) can show, and what that assumes.
 
     noise: `noise`, `discordance` and `n` (prompts that have both verdicts; else all count) as `comparisons.median_noise` finds them
     after a run. Without it (before a run) rates are taken to differ on half of the prompts, and means are given in standard
-    deviations of the per-prompt difference.
+    deviations of the per-prompt difference. family: contrasts that share α; the first that Holm looks at has to meet α ÷ family.
     None where the prompts are too few for any difference.
     """
     sizes = [sum(counts.get(axis, 0) for axis in part.axes) for part in metric.parts]
     if min(sizes) < 2:
         return None
-    found = dict(noise or {})
+    alpha, found = alpha / family, dict(noise or {})
     n = round(found.get("n", sum(sizes)))
     unit = metric.difference_unit
     if metric.kind == "rate" and len(sizes) == 1 and (not found or "discordance" in found):
@@ -123,6 +129,8 @@ def detectable(
         assumes = "in standard deviations of the per-prompt difference, which is not known before"
     if difference is None:
         return None
+    if family > 1:
+        assumes += f"; at p < {alpha:.2g}, the level Holm asks of the first of {family} contrasts"
     return {"metric": name, "title": metric.title, "n": n, "difference": rounded(difference, 4), "unit": unit, "assumes": assumes}
 
 

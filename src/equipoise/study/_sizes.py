@@ -218,7 +218,7 @@ def detectable_differences(settings: StudySettings, prompts: Mapping[str, int]) 
     for contrast in settings.primary:
         metric = load_metric(contrast.metric)
         n = sum(prompts.get(axis, 0) for part in metric.parts for axis in part.axes)
-        found = detectable(contrast.metric, metric, prompts, rules.alpha, rules.power)
+        found = detectable(contrast.metric, metric, prompts, rules.alpha, rules.power, family=len(settings.primary))
         shown = found or {"metric": contrast.metric, "title": metric.title, "n": n, "difference": None, "unit": "", "assumes": ""}
         rows.append({"a": contrast.a, "b": contrast.b, **shown})
     return rows
