@@ -203,12 +203,12 @@ def test_the_page_never_scrolls_sideways(opened: Any, width: int) -> None:
 
 
 def test_text_stands_out_from_its_ground(opened: Any) -> None:
-    """WCAG 2.1 contrast, 4.5:1, of every piece of text against what is painted behind it, light and dark."""
+    """WCAG 2.1 contrast, 4.5:1, of every piece of text, in figures too, against what is painted behind it, light and dark."""
     script = """() => {
       const parse = (text) => text.match(/[\\d.]+/g).map(Number);
       const linear = (value) => value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
       const light = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
-      const hidden = (node) => !node.checkVisibility() || node.closest("svg, option") || node.disabled;
+      const hidden = (node) => !node.checkVisibility() || node.closest("title, desc, option") || node.disabled;
       const poor = new Set();
       const walker = document.createTreeWalker(document.querySelector("main"), NodeFilter.SHOW_TEXT);
       while (walker.nextNode()) {
@@ -219,9 +219,10 @@ def test_text_stands_out_from_its_ground(opened: Any) -> None:
           colour = parse(getComputedStyle(ground).backgroundColor);
           ground = ground.parentElement;
         }
-        const one = light(parse(getComputedStyle(node).color)), two = light(colour);
+        const style = getComputedStyle(node);
+        const one = light(parse(node.closest("svg") ? style.fill : style.color)), two = light(colour);
         const ratio = (Math.max(one, two) + 0.05) / (Math.min(one, two) + 0.05);
-        if (ratio < 4.5) poor.add(`${node.tagName}.${node.className}: ${ratio.toFixed(2)}`);
+        if (ratio < 4.5) poor.add(`${node.tagName}.${node.getAttribute("class")}: ${ratio.toFixed(2)}`);
       }
       return [...poor];
     }"""

@@ -24,7 +24,7 @@ TOKENS: dict[str, tuple[str, str]] = {
     "alarm": ("#a82a1c", "#ff9a8a"),
     "alarm-paper": ("#fdf0ed", "#33201d"),
     "caution-paper": ("#fbf5e6", "#2c2718"),
-    "null": ("#7b7f85", "#8d9197"),
+    "null": ("#70747a", "#8d9197"),
     "credit1": ("#dcebf9", "#1d3145"),
     "credit2": ("#b5d7f3", "#1c4362"),
     "credit3": ("#86bdea", "#1d5580"),
@@ -39,7 +39,7 @@ TOKENS: dict[str, tuple[str, str]] = {
     "s2": ("#c8500a", "#ff9457"),
     "s3": ("#007e5d", "#35c79d"),
     "s4": ("#a3478a", "#e59ccb"),
-    "s5": ("#a97800", "#efbf4f"),
+    "s5": ("#996c00", "#efbf4f"),
     "s6": ("#3f51b5", "#9fa8f5"),
     "s7": ("#7a4a1f", "#cfa27a"),
 }
