@@ -71,12 +71,12 @@ class TrainSettings(Settings):
         "loss_type": "A loss is a method by its name: streams.0.objective.name (`equipoise methods` lists them).",
         "torch_dtype": "Did you mean 'dtype'?",
         "resume_from_checkpoint": "Runs resume by themselves: give the same command again.",
-        "padding_free": "Rows are always packed without padding, and a prompt is shared by its replies.",
-        "precompute_ref_log_probs": "The reference's log-probs are always computed beforehand, and kept for later runs.",
+        "padding_free": "Rows are packed without padding wherever the model family allows it, and replies share their prompt.",
+        "precompute_ref_log_probs": "The reference's log-probs are computed beforehand and kept for later runs, unless the loss reads its whole vocabulary.",
         "use_liger_kernel": "The output layer never makes a full table of logits; nothing has to be switched on.",
         "max_prompt_length": "Prompt and reply share tokenise.max_length; the oldest turns of a prompt give way.",
         "deepspeed": "DeepSpeed is not supported; fsdp=true cuts weights and optimizer over the processes.",
-        "push_to_hub": "Nothing is uploaded: `huggingface-cli upload` takes the run's model folder.",
+        "push_to_hub": "Nothing is uploaded; `hf upload` takes the model folder of a run.",
     }
 
     model_name_or_path: str = Field(description="asset name, local folder (also a PEFT adapter's), or hub name")
