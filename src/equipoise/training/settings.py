@@ -72,7 +72,7 @@ class TrainSettings(Settings):
         "torch_dtype": "Did you mean 'dtype'?",
         "resume_from_checkpoint": "Runs resume by themselves: give the same command again.",
         "padding_free": "Rows are packed without padding wherever the model family allows it, and replies share their prompt.",
-        "precompute_ref_log_probs": "The reference's log-probs are computed beforehand and kept for later runs, unless the loss reads its whole vocabulary.",
+        "precompute_ref_log_probs": "Log-probs of the reference are computed beforehand and kept, unless a loss needs more of it.",
         "use_liger_kernel": "The output layer never makes a full table of logits; nothing has to be switched on.",
         "max_prompt_length": "Prompt and reply share tokenise.max_length; the oldest turns of a prompt give way.",
         "deepspeed": "DeepSpeed is not supported; fsdp=true cuts weights and optimizer over the processes.",
