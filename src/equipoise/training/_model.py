@@ -163,13 +163,16 @@ def not_trained_on(model: Any) -> list[str]:
 
 @contextmanager
 def left_as_found(model: Any) -> Iterator[None]:
-    """After this block a model keeps a cache and recomputes activations as it did before: the Trainer sets both, and leaves them so."""
+    """After this block a model attends, keeps a cache and recomputes activations as before it; the Trainer only ever sets the last two."""
     base = unwrapped(model)
+    attention = base.config._attn_implementation
     cache, hooked = getattr(base.config, "use_cache", None), bool(getattr(base, "_require_grads_hooks", ()))
     recomputing = [(module, module.gradient_checkpointing) for module in base.modules() if hasattr(module, "gradient_checkpointing")]
     try:
         yield
     finally:
+        if base.config._attn_implementation != attention:
+            base.set_attn_implementation(attention)
         if cache is not None:
             base.config.use_cache = cache
         for module, before in recomputing:

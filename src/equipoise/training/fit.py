@@ -191,7 +191,6 @@ class _Fit:
                     references.resume(resume)
             if device.type == "cpu":
                 give_back_freed_memory()
-            native = unwrapped(policy).config._attn_implementation
             if forward.form != "padded":
                 unwrapped(policy).set_attn_implementation(NAME)
             try:
@@ -199,8 +198,6 @@ class _Fit:
                     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
                 final = trainer.evaluate() if self.dev else {}
             finally:
-                if forward.form != "padded":
-                    unwrapped(policy).set_attn_implementation(native)
                 for callback in trainer.callback_handler.callbacks:
                     if isinstance(callback, ProgressLine):
                         callback.close()
