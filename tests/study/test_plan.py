@@ -283,12 +283,13 @@ def test_an_unequal_budget_is_a_warning_or_an_error(values):
 
 
 def test_the_smallest_detectable_difference_is_said_beforehand(values):
-    """Paired means: (z_0.975 + z_0.8) / √n standard deviations, z from the normal table."""
+    """Paired means: (z_0.9875 + z_0.8) / √n standard deviations, z from the normal table: of two contrasts Holm asks p < 0.025 of the first."""
     values["primary"].append({"a": "dpo", "b": "base", "metric": "hmr"})
     plan = plan_study(make(values), machine=MACHINE)
     mean, rate = plan.detectable
     assert mean["n"] == rate["n"] == 3
-    assert mean["difference"] == pytest.approx((1.959964 + 0.841621) / math.sqrt(3), rel=1e-5)
+    assert mean["difference"] == pytest.approx((2.241403 + 0.841621) / math.sqrt(3), rel=1e-5)
+    assert "first of 2 contrasts" in mean["assumes"]
     # Three prompts can never reach p < 0.05 in an exact McNemar test (smallest p is 2 / 2³).
     assert rate["difference"] is None
 
