@@ -283,7 +283,7 @@ def test_an_unequal_budget_is_a_warning_or_an_error(values):
 
 
 def test_the_smallest_detectable_difference_is_said_beforehand(values):
-    """Paired means: (z_0.9875 + z_0.8) / √n standard deviations, z from the normal table: of two contrasts Holm asks p < 0.025 of the first."""
+    """Paired means: (z_0.9875 + z_0.8) / √n standard deviations, z from the normal table: Holm asks p < 0.025 of the first of two."""
     values["primary"].append({"a": "dpo", "b": "base", "metric": "hmr"})
     plan = plan_study(make(values), machine=MACHINE)
     mean, rate = plan.detectable
