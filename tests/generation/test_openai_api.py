@@ -120,3 +120,9 @@ def test_a_real_client_against_a_local_server(monkeypatch):
     assert len(Endpoint.asked) == 7  # the failed request was tried again
     assert {(path, key) for path, key, _ in Endpoint.asked} == {("/v1/chat/completions", f"Bearer {KEY}")}
     assert KEY not in json.dumps(settings.resolved())
+
+
+def test_a_password_in_the_address_is_refused_and_not_repeated() -> None:
+    with pytest.raises(UsageError, match="api_key_env") as caught:
+        ApiSettings.make({"model": "m", "base_url": "http://me:hunter2@example.org/v1"})
+    assert "hunter2" not in str(caught.value)

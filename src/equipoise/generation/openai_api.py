@@ -10,8 +10,9 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from equipoise.core.errors import EquipoiseError, UsageError
 from equipoise.generation._base import Completion, Generator, GeneratorSettings, Prompt, Sampling, check_ids, stream
@@ -29,6 +30,14 @@ class ApiSettings(GeneratorSettings):
     concurrency: int = Field(default=8, ge=1, description="requests at a time")
     max_retries: int = Field(default=5, ge=0, description="tries after a failed request, with growing pauses")
     timeout: float = Field(default=120.0, gt=0, description="seconds to wait for one reply")
+
+    @field_validator("base_url")
+    @classmethod
+    def _holds_no_secret(cls, value: str | None) -> str | None:
+        """Settings are written beside the replies, so that a password in the address would be too."""
+        if value is not None and "@" in urlsplit(value).netloc:
+            raise UsageError("base_url holds a user or password, and settings are written to disk: give the key by api_key_env instead.")
+        return value
 
     def inputs(self) -> dict[str, str]:
         """The name is all that is known of the weights."""
