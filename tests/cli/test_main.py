@@ -11,9 +11,12 @@ import pytest
 from equipoise.cli.main import main
 
 SLEEPER = """
+import signal
 import sys
 import time
 from equipoise.cli import main, methods
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
 def run() -> None:
     print("working", flush=True)
